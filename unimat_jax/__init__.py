@@ -1,0 +1,25 @@
+"""UniMat in JAX/Flax: from any collection of crystals to new, checked crystals (arXiv 2311.09235).
+
+`import unimat_jax` loads no jax: names below are imported when they are first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_LAZY = {
+    "Crystal": "unimat_jax.crystal",
+    "CrystalError": "unimat_jax.crystal",
+    "Generator": "unimat_jax.generate",
+}
+
+__all__ = ["Crystal", "CrystalError", "Generator", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'unimat_jax' has no attribute {name!r}")
