@@ -48,8 +48,9 @@ class Crystal:
 
     @classmethod
     def create(cls, atomic_numbers, frac_coords, lattice, uid: str = "", properties=None) -> Crystal:
-        """A checked crystal. Raises CrystalError (`no_atoms`, `bad_shape`, `bad_element`, `not_finite`, `cell_degenerate`).
+        """A checked crystal.
 
+        Raises CrystalError (`no_atoms`, `bad_shape`, `bad_element`, `not_finite`, `cell_degenerate`).
         A left-handed cell is inverted, basis and coordinates together: each atom stays where it is in space, so that
         taking lengths and angles afterwards does not mirror the crystal.
         """
@@ -111,7 +112,8 @@ class Crystal:
         """The cell's formula with elements in pymatgen's order of electronegativity, as in 'SrTiO3'."""
         from pymatgen.core import Composition
 
-        return Composition(Counter(self.symbols)).formula.replace(" ", "")
+        parts = Composition(Counter(self.symbols)).formula.split()  # pymatgen writes "Sr1 Ti1 O3"
+        return "".join(part[:-1] if part[-1] == "1" and part[-2].isalpha() else part for part in parts)
 
     @property
     def min_distance(self) -> float:
@@ -132,9 +134,8 @@ class Crystal:
         """The same crystal in a primitive cell, not idealised (spglib, `tolerance` in Angstrom as `symprec`)."""
         import spglib
 
-        found = spglib.standardize_cell(
-            (self.lattice, self.frac_coords, self.atomic_numbers), to_primitive=True, no_idealize=True, symprec=tolerance
-        )
+        cell: Any = (self.lattice, self.frac_coords, self.atomic_numbers)
+        found = spglib.standardize_cell(cell, to_primitive=True, no_idealize=True, symprec=tolerance)
         if found is None:
             raise CrystalError("primitive_failed", f"{self.uid or 'structure'}: no primitive cell at {tolerance} A")
         lattice, frac, numbers = found
@@ -147,7 +148,7 @@ class Crystal:
 
     @classmethod
     def from_pymatgen(cls, structure: Structure, uid: str = "", properties=None) -> Crystal:
-        """Raises CrystalError (`disordered`, `bad_element`, ...) for what is not an ordered crystal of real elements."""
+        """Raises CrystalError (`disordered`, `bad_element`, ...) for all but ordered crystals of real elements."""
         if not structure.is_ordered:
             sites = [str(site.species) for site in structure if not site.is_ordered]
             raise CrystalError(
@@ -156,19 +157,25 @@ class Crystal:
                 "give an ordered approximant",
             )
         # Not `site.specie.Z`: a dummy species (a vacancy) has none.
-        numbers = [getattr(site.specie, "Z", 0) if "Dummy" not in type(site.specie).__name__ else 0 for site in structure]
+        numbers = [
+            getattr(site.specie, "Z", 0) if "Dummy" not in type(site.specie).__name__ else 0 for site in structure
+        ]
         return cls.create(numbers, structure.frac_coords, structure.lattice.matrix, uid, properties)
 
     def to_ase(self) -> ase.Atoms:
         import ase
 
         info: dict[str, Any] = {"uid": self.uid, **self.properties}
-        return ase.Atoms(numbers=self.atomic_numbers, scaled_positions=self.frac_coords, cell=self.lattice, pbc=True, info=info)
+        return ase.Atoms(
+            numbers=self.atomic_numbers, scaled_positions=self.frac_coords, cell=self.lattice, pbc=True, info=info
+        )
 
     @classmethod
     def from_ase(cls, atoms: ase.Atoms, uid: str = "", properties=None) -> Crystal:
         if not atoms.cell.rank == 3 or not atoms.pbc.all():
-            raise CrystalError("not_periodic", f"{uid or 'structure'} is not periodic in three directions: give its cell")
+            raise CrystalError(
+                "not_periodic", f"{uid or 'structure'} is not periodic in three directions: give its cell"
+            )
         cell = atoms.cell.array
         frac = np.linalg.solve(cell.T, atoms.positions.T).T
         return cls.create(atoms.numbers, frac, cell, uid, properties)
@@ -211,7 +218,7 @@ def angles_of(lattice: np.ndarray) -> np.ndarray:
 
 
 def lattice_from_parameters(lengths: np.ndarray, angles: np.ndarray) -> np.ndarray:
-    """Right-handed lattices [..., 3, 3] (Angstrom, rows) from lengths [..., 3] (Angstrom) and angles [..., 3] (degrees).
+    """Right-handed lattices [..., 3, 3] (Angstrom, rows) from lengths [..., 3] (Angstrom), angles [..., 3] (degrees).
 
     a lies along x, b in the xy plane. Angles that span no cell give NaN in the last row.
     """
