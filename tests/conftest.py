@@ -1,0 +1,31 @@
+"""Settings of the whole suite: four CPU devices, strict broadcasting, a compilation cache and no network."""
+
+import os
+import runpy
+from pathlib import Path
+
+# Before anything imports jax or matplotlib; the programs that tests start inherit them.
+NO_NETWORK = Path(__file__).parent / "no_network"
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(NO_NETWORK), os.environ.get("PYTHONPATH")]))
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["MPLBACKEND"] = "Agg"
+# Shared by this process and the programs that tests start: most of a tiny run's time is compilation.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+runpy.run_path(str(NO_NETWORK / "sitecustomize.py"))
+
+import hypothesis  # noqa: E402
+import jax  # noqa: E402
+from absl import flags  # noqa: E402
+
+# Four, so that sharding is real; by config rather than XLA_FLAGS, so that programs that tests start see one, as users do.
+jax.config.update("jax_num_cpu_devices", 4)
+# [B] silently meeting [B, L] as [1, B] has cost many people a model; say which axes are meant.
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Grain's worker processes read absl flags, which only absl.app parses.
+flags.FLAGS.mark_as_parsed()
+
+# No deadline: the first example may compile. The same examples every time in CI, new ones on a developer's machine.
+hypothesis.settings.register_profile("suite", deadline=None, derandomize=bool(os.environ.get("CI")), print_blob=True)
+hypothesis.settings.load_profile("suite")
