@@ -18,7 +18,7 @@ import hypothesis  # noqa: E402
 import jax  # noqa: E402
 from absl import flags  # noqa: E402
 
-# Four, so that sharding is real; by config rather than XLA_FLAGS, so that programs that tests start see one, as users do.
+# Four, so that sharding is real. By config rather than XLA_FLAGS: programs that tests start see one, as users do.
 jax.config.update("jax_num_cpu_devices", 4)
 # [B] silently meeting [B, L] as [1, B] has cost many people a model; say which axes are meant.
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -9,12 +9,12 @@ import sys
 import textwrap
 from pathlib import Path
 
-import data_prep
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import data_prep
 import unimat_jax
 
 ROOT = Path(__file__).parents[1]
