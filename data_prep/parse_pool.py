@@ -1,0 +1,226 @@
+"""Parsing in parallel: raw structures -> outcomes (a UniMat record, or the reason why there is none), in order.
+
+A parse that crashes or hangs its process costs that one structure, not the run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import multiprocessing
+import signal
+import sys
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from multiprocessing import connection
+
+import numpy as np
+
+from unimat_jax.crystal import CrystalError
+from unimat_jax.representation import encode
+from unimat_jax.structure_files import RawStructure, parse
+
+CHUNK_SIZE = 32
+START_LIMIT = 180.0
+"""Seconds that a worker may take to start; a structure's own limit counts from then."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CellOptions:
+    """Which cell a crystal is given in. Tolerances in Angstrom, as spglib's `symprec` and `eps`."""
+
+    primitive: bool = False
+    niggli: bool = True
+    primitive_tolerance: float = 0.01
+    niggli_tolerance: float = 1e-5
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What became of one raw structure. reason is "" and record is there, or reason and message say why not."""
+
+    split: str
+    uid: str
+    origin: str
+    reason: str = ""
+    message: str = ""
+    record: dict[str, np.ndarray] | None = None
+    properties: dict[str, float] = dataclasses.field(default_factory=dict)
+    texts: dict[str, str] = dataclasses.field(default_factory=dict)
+    changes: tuple[str, ...] = ()
+
+
+Item = tuple[str, RawStructure]
+"""(split or "", structure)."""
+
+
+def prepare_one(item: Item, cell: CellOptions) -> Outcome:
+    """Parses, brings into the asked cell and encodes one structure; every failure becomes an Outcome with a reason."""
+    split, raw = item
+    try:
+        crystal, changes = parse(raw)
+        if cell.primitive:
+            found = crystal.primitive(cell.primitive_tolerance)
+            if found.num_atoms != crystal.num_atoms:
+                changes["made_primitive"] = 1
+                crystal = found
+        if cell.niggli:
+            found = crystal.niggli(cell.niggli_tolerance)
+            # A cell that is reduced already keeps its axes and origin.
+            given = np.concatenate([crystal.lengths, crystal.angles])
+            if np.abs(np.concatenate([found.lengths, found.angles]) - given).max() > 1e-4:
+                changes["niggli_reduced"] = 1
+                crystal = found
+        record = encode(crystal)
+    except CrystalError as error:
+        return Outcome(split, raw.uid, raw.origin, error.reason, str(error))
+    except Exception as error:  # one structure never ends a run
+        message = f"{raw.origin}: {type(error).__name__}: {error}"
+        return Outcome(split, raw.uid, raw.origin, "internal_error", message)
+    return Outcome(split, raw.uid, raw.origin, "", "", record, raw.properties, raw.texts, tuple(sorted(changes)))
+
+
+def parse_all(
+    items: Iterable[Item], cell: CellOptions, *, num_workers: int, time_limit: float = 60.0
+) -> Iterator[Outcome]:
+    """One Outcome per item, in the items' order whatever the number of workers.
+
+    num_workers 0 parses in this process, without protection from crashes and hangs; time_limit: seconds a structure.
+    """
+    if num_workers == 0:
+        for item in items:
+            yield prepare_one(item, cell)
+        return
+    yield from _Pool(items, cell, num_workers, time_limit).run()
+
+
+class _Worker:
+    def __init__(self, cell: CellOptions):
+        # "spawn", since a fork of a process with threads (jax, grain) can deadlock.
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(theirs, cell), daemon=True)
+        self.process.start()
+        theirs.close()
+        self.ready = False
+        self.chunk_index = -1
+        self.items: list[Item] = []
+        self.outcomes: list[Outcome] = []
+        self.deadline = time.monotonic() + START_LIMIT
+
+    @property
+    def busy(self) -> bool:
+        return len(self.outcomes) < len(self.items)
+
+    def send(self, time_limit: float) -> None:
+        self.deadline = time.monotonic() + time_limit
+        self.pipe.send(self.items[len(self.outcomes) :])
+
+    def stop(self) -> None:
+        self.pipe.close()
+        if self.process.is_alive():
+            self.process.kill()
+        self.process.join()
+
+
+class _Pool:
+    def __init__(self, items: Iterable[Item], cell: CellOptions, num_workers: int, time_limit: float):
+        self.items = iter(items)
+        self.cell = cell
+        self.time_limit = time_limit
+        self.next_chunk = 0
+        self.max_ahead = 8 * num_workers
+        self.done: dict[int, list[Outcome]] = {}
+        self.workers = [_Worker(cell) for _ in range(num_workers)]
+
+    def run(self) -> Iterator[Outcome]:
+        emitted = 0
+        try:
+            while True:
+                for worker in self.workers:
+                    if worker.ready and not worker.busy and self.next_chunk < emitted + self.max_ahead:
+                        self._assign(worker)
+                busy = [w for w in self.workers if w.busy or not w.ready]
+                if not any(w.busy for w in self.workers) and all(w.ready for w in self.workers) and not self.done:
+                    return
+                now = time.monotonic()
+                wait = max(0.0, min((w.deadline for w in busy), default=now) - now)
+                ready = set(connection.wait([w.pipe for w in busy], wait)) if busy else set()
+                for index, worker in enumerate(self.workers):
+                    if worker.pipe in ready:
+                        self._receive(index)
+                    elif (worker.busy or not worker.ready) and time.monotonic() > worker.deadline:
+                        self._replace(index, "timeout", f"no result within {self.time_limit:g} s: it was given up")
+                while emitted in self.done:
+                    yield from self.done.pop(emitted)
+                    emitted += 1
+        finally:
+            for worker in self.workers:
+                worker.stop()
+
+    def _assign(self, worker: _Worker) -> None:
+        chunk = [item for _, item in zip(range(CHUNK_SIZE), self.items, strict=False)]
+        if not chunk:
+            return
+        worker.chunk_index, worker.items, worker.outcomes = self.next_chunk, chunk, []
+        self.next_chunk += 1
+        self._send(worker)
+
+    def _send(self, worker: _Worker) -> None:
+        try:
+            worker.send(self.time_limit)
+        except OSError:  # it died just now: the next wait sees the closed pipe
+            return
+
+    def _receive(self, index: int) -> None:
+        worker = self.workers[index]
+        try:
+            message = worker.pipe.recv()
+        except (EOFError, OSError):
+            self._replace(index, "crashed", "reading it crashed the process")
+            return
+        if not worker.ready:
+            worker.ready = True
+            if worker.items:
+                self._send(worker)
+            return
+        worker.outcomes.append(message)
+        worker.deadline = time.monotonic() + self.time_limit
+        self._finish(worker)
+
+    def _finish(self, worker: _Worker) -> None:
+        if not worker.busy:
+            self.done[worker.chunk_index] = worker.outcomes
+            worker.items, worker.outcomes = [], []
+
+    def _replace(self, index: int, reason: str, message: str) -> None:
+        """A new worker goes on after the structure that the old one did not survive."""
+        old = self.workers[index]
+        old.stop()
+        if not old.ready:
+            raise WorkersDoNotStart
+        new = _Worker(self.cell)
+        new.chunk_index, new.items, new.outcomes = old.chunk_index, old.items, old.outcomes
+        if old.busy:
+            split, raw = old.items[len(old.outcomes)]
+            new.outcomes.append(Outcome(split, raw.uid, raw.origin, reason, f"{raw.origin}: {message}"))
+            self._finish(new)
+        self.workers[index] = new
+
+
+class WorkersDoNotStart(RuntimeError):
+    """A script without `if __name__ == "__main__":` cannot be imported by its workers."""
+
+
+def _serve(pipe: connection.Connection, cell: CellOptions) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    import spglib  # noqa: F401  what takes long to import is imported before "ready"
+    from pymatgen.io.cif import CifParser  # noqa: F401
+
+    pipe.send("ready")
+    try:
+        while True:
+            for item in deque(pipe.recv()):
+                pipe.send(prepare_one(item, cell))
+    except (EOFError, BrokenPipeError):
+        sys.exit(0)

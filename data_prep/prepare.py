@@ -1,0 +1,299 @@
+"""Crystal files or a known data set -> sharded UniMat records, statistics and a report.
+
+python -m data_prep.prepare --dataset=crystals --source=my_cifs/ --data_dir=data
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from data_prep.datasets import DATASETS, Column, notes_of, scan_all, source_files
+from data_prep.parse_pool import CellOptions, Outcome, WorkersDoNotStart, parse_all
+from data_prep.report import REPORT, STATISTICS, fingerprint, make_report, table, write_json
+from data_prep.selection import Filters, Selection, SplitRule, counts, select
+from data_prep.splits import read_split_ids
+from data_prep.spool import Spool
+from unimat_jax.cli import run_program
+from unimat_jax.errors import UserError
+from unimat_jax.periodic_table import atomic_number
+
+_QUICK_SUFFIXES = (".npz", ".parquet", ".db")
+"""Sources whose structures need no text parsing: starting workers would take longer than the work, up to ..."""
+_QUICK_BYTES = 2**22
+
+
+def prepare(
+    dataset: str,
+    source: str | Path | None = None,
+    data_dir: str | Path = "data",
+    *,
+    primitive: bool | None = None,
+    niggli: bool | None = None,
+    primitive_tolerance: float = 0.01,
+    niggli_tolerance: float = 1e-5,
+    max_atoms: int | None = None,
+    max_atoms_per_element: int | None = None,
+    elements: Sequence[str] | None = None,
+    split_ids: str | Path | None = None,
+    split_by: str | None = None,
+    split_fractions: Sequence[float] = (0.9, 0.05, 0.05),
+    seed: int = 0,
+    properties: Sequence[str] = (),
+    ignore_properties: Sequence[str] = (),
+    num_shards: int | None = None,
+    num_workers: int | None = None,
+    time_limit: float = 60.0,
+    overwrite: bool = False,
+    quiet: bool = False,
+) -> Path:
+    """The directory `data_dir/dataset/1.0.0` with records, statistics.json and data_report.json.
+
+    dataset: a name of `datasets.DATASETS`. properties: "NAME:UNIT[:FUNCTIONAL[:CORRECTION]]". num_workers: 0 parses in
+    this process, None takes every core where there is text to parse. A finished data set with the same options and
+    source is left as it is. Raises UserError with the field, the value and the remedy.
+    """
+    start = time.monotonic()
+    files = source_files(dataset, None if source is None else str(source))
+    cell = CellOptions(bool(primitive), niggli is None or niggli, primitive_tolerance, niggli_tolerance)
+    declared = dict(_column(text) for text in properties)
+    fractions = tuple(float(f) for f in split_fractions)
+    if len(fractions) != 3 or min(fractions) < 0 or fractions[0] <= 0:
+        raise UserError(f"--split_fractions={split_fractions}: give three numbers for train, validation and test, train above 0")
+    by = split_by or ("formula" if dataset == "starter" else "id")
+    if by not in ("id", "formula"):
+        raise UserError(f"--split_by={by}: choose 'id' or 'formula'")
+    rule = SplitRule(read_split_ids(split_ids) if split_ids else None, by, fractions, seed)
+    filters = Filters(max_atoms, max_atoms_per_element, _elements(elements))
+    parsing = {"cell": dataclasses.asdict(cell), "source": fingerprint(files)}
+    options: dict[str, Any] = {
+        **parsing,
+        "filters": {**dataclasses.asdict(filters), "elements": sorted(filters.elements) if filters.elements else None},
+        "splits": None if "" not in files else dataclasses.asdict(rule),
+        "properties": {name: column.to_json() for name, column in declared.items()},
+        "ignore_properties": sorted(ignore_properties),
+        "num_shards": num_shards,
+    }
+    options = json.loads(json.dumps(options))  # as it will be read back
+
+    directory = Path(data_dir) / dataset / "1.0.0"
+    if _is_done(directory, options, overwrite):
+        if not quiet:
+            print(f"{directory} is done already: nothing to do (--overwrite makes it again)")
+        return directory
+
+    parsing_directory = directory.with_name("1.0.0.parsing")
+    spool = _spool(parsing_directory, parsing)
+    _parse_into(spool, files, cell, _num_workers(num_workers, files), time_limit, quiet)
+    selection = select(spool, filters, rule, DATASETS[dataset], declared, ignore_properties)
+    about = {"dataset": dataset, "notes": notes_of(dataset, files), "options": options}
+    report_start = {**about, **counts(selection), "dropped_structures": selection.dropped}
+    _check_something_is_left(selection, files, parsing_directory / REPORT, report_start)
+
+    from data_prep.builders import BUILDERS, SPLITS, build  # imports TFDS, which takes a second
+
+    statistics = _statistics(selection, cell, files, about, SPLITS)
+    if directory.exists():
+        shutil.rmtree(directory)
+    metadata = {"notes": about["notes"], "properties": statistics["properties"], "cell": parsing["cell"]}
+    builder = BUILDERS[dataset](
+        **{"spool": spool, "split_of": selection.split_of, "properties": sorted(selection.columns)},
+        metadata=metadata,
+        data_dir=str(data_dir),
+    )
+    built = build(builder, num_shards)
+    seconds = time.monotonic() - start
+    about |= {"seconds": round(seconds, 2), "crystals_per_second": round(len(selection.split_of) / seconds, 1)}
+    report = make_report(selection, built, about, SPLITS, dataset)
+    write_json(built / STATISTICS, statistics)
+    write_json(built / REPORT, report)  # last: its presence says that the data set is finished
+    shutil.rmtree(parsing_directory)
+    if not quiet:
+        print(table(report, built))
+    return built
+
+
+def _is_done(directory: Path, options: dict[str, Any], overwrite: bool) -> bool:
+    report = directory / REPORT
+    if overwrite or not report.exists():
+        return False
+    before = json.loads(report.read_text())["options"]
+    if before == options:
+        return True
+    different = sorted(name for name in options if before.get(name) != options[name])
+    raise UserError(
+        f"{directory} was made with another {' and '.join(different)}: add --overwrite to make it again, or choose another "
+        "--data_dir"
+    )
+
+
+def _spool(directory: Path, parsing: dict[str, Any]) -> Spool:
+    """The spool of an interrupted run on the same source and cell options, or a new one."""
+    wanted = json.dumps(parsing, sort_keys=True)
+    about = directory / "parsing.json"
+    if not about.exists() or about.read_text() != wanted:
+        shutil.rmtree(directory, ignore_errors=True)
+        directory.mkdir(parents=True)
+        about.write_text(wanted)
+    return Spool(directory / "outcomes.bin")
+
+
+def _parse_into(
+    spool: Spool, files: dict[str, Path], cell: CellOptions, num_workers: int, time_limit: float, quiet: bool
+) -> None:
+    already = spool.resume()
+    total = sum(1 for _ in scan_all(files))
+    if already and not quiet:
+        print(f"continuing after {already} of {total} structures that an interrupted run had read")
+    failures = 0
+    with tqdm(total=total, initial=already, unit="crystal", desc="reading", disable=quiet, file=sys.stderr) as bar:
+        for outcome in spool.append(_outcomes(files, cell, num_workers, time_limit, already)):
+            failures += bool(outcome.reason)
+            bar.update()
+            if outcome.reason:
+                bar.set_postfix(failed=failures, refresh=False)
+
+
+def _outcomes(
+    files: dict[str, Path], cell: CellOptions, num_workers: int, time_limit: float, skip: int
+) -> Iterator[Outcome]:
+    number = 0
+    try:
+        for outcome in parse_all(_skipped(files, skip), cell, num_workers=num_workers, time_limit=time_limit):
+            number += 1
+            yield outcome
+    except WorkersDoNotStart:
+        print('parsing in one process (a script needs `if __name__ == "__main__":` for more)', file=sys.stderr)
+        yield from parse_all(_skipped(files, skip + number), cell, num_workers=0)
+
+
+def _skipped(files: dict[str, Path], skip: int):
+    for index, item in enumerate(scan_all(files)):
+        if index >= skip:
+            yield item
+
+
+def _num_workers(asked: int | None, files: dict[str, Path]) -> int:
+    if asked is not None:
+        if asked < 0:
+            raise UserError(f"--num_workers={asked}: give 0 (this process only) or more")
+        return asked
+    if all(p.suffix in _QUICK_SUFFIXES and p.stat().st_size < _QUICK_BYTES for p in files.values()):
+        return 0
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _check_something_is_left(
+    selection: Selection, files: dict[str, Path], report: Path, content: dict[str, Any]
+) -> None:
+    number = counts(selection)
+    reasons = ", ".join(f"{count} {reason}" for reason, count in number["dropped"].items()) or "the source is empty"
+    if not number["kept"]:
+        write_json(report, content)
+        raise UserError(f"no crystal is left of {number['read']} read ({reasons}): {report} names each")
+    if "" in files and not selection.kept_of_split[0]:
+        raise UserError(
+            f"none of the {number['kept']} crystals kept falls in the train split: give --split_fractions=1,0,0 or --split_ids"
+        )
+
+
+def _statistics(
+    selection: Selection, cell: CellOptions, files: dict[str, Path], about: dict[str, Any], splits: tuple[str, ...]
+) -> dict[str, Any]:
+    notes = list(about["notes"])
+    if not selection.kept_of_split[0]:
+        notes.append("statistics of all crystals, as there is no train split")
+    described = {name: column.to_json() for name, column in selection.columns.items()}
+    return {
+        "dataset": about["dataset"],
+        "num_examples": {s: selection.kept_of_split[i] for i, s in enumerate(splits) if selection.kept_of_split[i]},
+        **selection.statistics.to_json(described),
+        "niggli": cell.niggli,
+        "primitive": cell.primitive,
+        "tolerance": {"niggli": cell.niggli_tolerance, "primitive": cell.primitive_tolerance},
+        "source": {"name": ", ".join(p.name for p in files.values()), **about["options"]["source"]},
+        "notes": notes,
+    }
+
+
+def _elements(symbols: Sequence[str] | None) -> frozenset[str] | None:
+    if not symbols:
+        return None
+    try:
+        for symbol in symbols:
+            atomic_number(symbol)
+    except ValueError as error:
+        raise UserError(f"--elements: {error}") from error
+    return frozenset(symbols)
+
+
+def _column(text: str) -> tuple[str, Column]:
+    name, *parts = text.split(":")
+    if not name or not parts or len(parts) > 3:
+        raise UserError(f"--property={text}: write NAME:UNIT[:FUNCTIONAL[:CORRECTION]], as in gap:eV:PBE")
+    return name, Column(*parts)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="unimat prepare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("--dataset", required=True, help=f"one of {', '.join(DATASETS)}; 'crystals' reads your own files")
+    add("--source", help="directory, zip or file with the crystals (starter needs none)")
+    add("--data_dir", default="data", help="where data sets are kept (default: data)")
+    for name, what in (("primitive", "primitive cells (spglib; default: no)"), ("niggli", "Niggli cells (spglib; default: yes)")):
+        add(f"--{name}", action=argparse.BooleanOptionalAction, default=None, help=what)
+    add("--primitive_tolerance", type=float, default=0.01, help="Angstrom (default 0.01)")
+    add("--niggli_tolerance", type=float, default=1e-5, help="spglib's eps (default 1e-5)")
+    add("--max_atoms", type=int, help="drop crystals with more atoms in the cell")
+    add("--max_atoms_per_element", type=int, help="drop crystals with more atoms of one element")
+    add("--elements", type=_list, help="drop crystals with other elements, as in Sr,Ti,O")
+    add("--split_ids", help="file with an id and a split on each line (CSV, JSON or text)")
+    add("--split_by", choices=("id", "formula"), help="what is hashed (starter: formula, crystals: id)")
+    add("--split_fractions", type=_list, default=["0.9", "0.05", "0.05"], help="train,validation,test")
+    add("--seed", type=int, default=0, help="of the splits (default 0)")
+    add("--property", action="append", default=[], dest="properties", help="NAME:UNIT[:FUNCTIONAL[:CORRECTION]], repeatable")
+    add("--ignore_property", action="append", default=[], dest="ignore_properties", help="a column to leave out, repeatable")
+    add("--num_shards", type=int, help="files a split (default: by size)")
+    add("--num_workers", type=int, help="processes that parse (default: every core)")
+    add("--time_limit", type=float, default=60.0, help="seconds a structure may take to parse (default 60)")
+    add("--overwrite", action="store_true", help="make a finished data set again")
+    return parser
+
+
+def _list(text: str) -> list[str]:
+    return [part for part in text.replace("-", ",").split(",") if part]
+
+
+def run(argv: Sequence[str]) -> int:
+    """The program, with UserErrors for its caller."""
+    # --data-dir and --data_dir are the same flag; values keep their dashes.
+    normal = []
+    for word in argv:
+        flag, equals, value = word.partition("=")
+        normal.append(flag.replace("-", "_").replace("__", "--", 1) + equals + value if word.startswith("--") else word)
+    normal = [word.replace("--no_", "--no-", 1) if word.startswith("--no_") else word for word in normal]
+    flags = vars(_parser().parse_args(normal))
+    try:
+        flags["split_fractions"] = [float(f) for f in flags["split_fractions"]]
+    except ValueError as error:
+        raise UserError(f"--split_fractions: {error}: write three numbers as in 0.9,0.05,0.05") from error
+    prepare(**flags)
+    return 0
+
+
+main = run
+
+if __name__ == "__main__":
+    sys.exit(run_program(main, sys.argv[1:]))
