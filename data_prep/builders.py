@@ -28,7 +28,9 @@ class UniMatBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
     VERSION = tfds.core.Version(VERSION)
 
-    def __init__(self, *, spool: Spool, split_of: bytearray, properties: Sequence[str], metadata: dict[str, Any], **kwargs):
+    def __init__(
+        self, *, spool: Spool, split_of: bytearray, properties: Sequence[str], metadata: dict[str, Any], **kwargs
+    ):
         """split_of: for each entry of the spool the index in SPLITS, 255 where it is dropped."""
         self._spool = spool
         self._split_of = split_of
@@ -92,12 +94,13 @@ class Crystals(UniMatBuilder):
 BUILDERS = {builder.name: builder for builder in (Perov5, Carbon24, Mp20, Mpts52, Starter, Crystals)}
 
 
-def build(builder: UniMatBuilder, num_shards: int | None = None) -> Path:
-    """Writes the shards and returns their directory."""
+def build(builder: UniMatBuilder, scratch: Path, num_shards: int | None = None) -> Path:
+    """Writes the shards and returns their directory; TFDS wants a `scratch` directory for downloads, of which there are
+    none."""
     tfds.disable_progress_bar()
     settings = tfds.download.DownloadConfig(
         try_download_gcs=False, compute_stats=tfds.download.ComputeStatsMode.SKIP, num_shards=num_shards
     )
     with contextlib.redirect_stdout(io.StringIO()):  # TFDS tells of downloads that are none
-        builder.download_and_prepare(download_config=settings)
+        builder.download_and_prepare(download_dir=str(scratch), download_config=settings)
     return Path(builder.data_dir)

@@ -43,8 +43,8 @@ _MP_COLUMNS = {
 }
 _MP_CITATION = """@article{jain2013materialsproject, title={Commentary: The Materials Project},
 author={Jain, Anubhav and others}, journal={APL Materials}, volume={1}, pages={011002}, year={2013}}"""
-_CDVAE_CITATION = """@inproceedings{xie2022crystal, title={Crystal Diffusion Variational Autoencoder for Periodic Material
-Generation}, author={Xie, Tian and others}, booktitle={ICLR}, year={2022}}"""
+_CDVAE_CITATION = """@inproceedings{xie2022crystal, title={Crystal Diffusion Variational Autoencoder for Periodic
+Material Generation}, author={Xie, Tian and others}, booktitle={ICLR}, year={2022}}"""
 _CASTELLI = "RPBE (GPAW)"
 _CASTELLI_HULL = "relative to a pool of competing phases, oxygen from water vapour (Castelli et al. 2012)"
 
@@ -61,7 +61,7 @@ DATASETS = {
         },
     ),
     "carbon_24": DataSet(
-        "Carbon-24: carbon crystals with 6 to 24 atoms found by random search at 10 GPa (Pickard 2020), in CDVAE's splits.",
+        "Carbon-24: carbon crystals with 6 to 24 atoms from random search at 10 GPa (Pickard 2020), in CDVAE's splits.",
         _CDVAE_CITATION,
         "CC-BY 4.0: C. J. Pickard, AIRSS data for carbon at 10 GPa, Materials Cloud (2020)",
         {"energy_per_atom": Column("eV/atom", "unknown", "none (total energies)")},
@@ -83,7 +83,9 @@ DATASETS = {
         _MP_CITATION,
         "CC-BY 4.0: the Materials Project; compiled by matminer (BSD-3)",
         {
-            "formation_energy_per_atom": Column("eV/atom", "PBE, PBE+U for some oxides and fluorides", "Materials Project 2015"),
+            "formation_energy_per_atom": Column(
+                "eV/atom", "PBE, PBE+U for some oxides and fluorides", "Materials Project 2015"
+            ),
             "e_above_hull": Column("eV/atom", "PBE, PBE+U for some oxides and fluorides", "Materials Project 2015"),
         },
     ),
@@ -112,7 +114,9 @@ def source_files(dataset: str, source: str | None) -> dict[str, Path]:
     if dataset == "crystals":
         return {"": path}
     if not path.is_dir():
-        raise UserError(f"--source={source} is a file: --dataset={dataset} needs the directory with train.csv, val.csv, test.csv")
+        raise UserError(
+            f"--source={source} is a file: --dataset={dataset} needs the directory with train.csv, val.csv, test.csv"
+        )
     found = {}
     for split, stems in _SPLIT_FILES.items():
         stems = (*stems, "train_partial") if split == "train" else stems
@@ -122,7 +126,9 @@ def source_files(dataset: str, source: str | None) -> dict[str, Path]:
             found[split] = file
     if not found:
         held = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
-        raise UserError(f"--source={source} holds {held}: --dataset={dataset} needs train / val / test as .csv, .npz or .parquet")
+        raise UserError(
+            f"--source={source} holds {held}: --dataset={dataset} needs train / val / test as .csv, .npz or .parquet"
+        )
     return found
 
 

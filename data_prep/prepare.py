@@ -29,7 +29,7 @@ from unimat_jax.errors import UserError
 from unimat_jax.periodic_table import atomic_number
 
 _QUICK_SUFFIXES = (".npz", ".parquet", ".db")
-"""Sources whose structures need no text parsing: starting workers would take longer than the work, up to ..."""
+"""Sources without text to parse; up to _QUICK_BYTES, starting workers would take longer than the work."""
 _QUICK_BYTES = 2**22
 
 
@@ -69,7 +69,9 @@ def prepare(
     declared = dict(_column(text) for text in properties)
     fractions = tuple(float(f) for f in split_fractions)
     if len(fractions) != 3 or min(fractions) < 0 or fractions[0] <= 0:
-        raise UserError(f"--split_fractions={split_fractions}: give three numbers for train, validation and test, train above 0")
+        raise UserError(
+            f"--split_fractions={split_fractions}: give three numbers for train, validation and test, train above 0"
+        )
     by = split_by or ("formula" if dataset == "starter" else "id")
     if by not in ("id", "formula"):
         raise UserError(f"--split_by={by}: choose 'id' or 'formula'")
@@ -111,7 +113,7 @@ def prepare(
         metadata=metadata,
         data_dir=str(data_dir),
     )
-    built = build(builder, num_shards)
+    built = build(builder, parsing_directory / "downloads", num_shards)
     seconds = time.monotonic() - start
     about |= {"seconds": round(seconds, 2), "crystals_per_second": round(len(selection.split_of) / seconds, 1)}
     report = make_report(selection, built, about, SPLITS, dataset)
@@ -130,11 +132,21 @@ def _is_done(directory: Path, options: dict[str, Any], overwrite: bool) -> bool:
     before = json.loads(report.read_text())["options"]
     if before == options:
         return True
-    different = sorted(name for name in options if before.get(name) != options[name])
     raise UserError(
-        f"{directory} was made with another {' and '.join(different)}: add --overwrite to make it again, or choose another "
-        "--data_dir"
+        f"{directory} was made from another source or with other options ({'; '.join(_differences(before, options))}): "
+        "add --overwrite to make it again, or choose another --data_dir"
     )
+
+
+def _differences(before: Any, now: Any, name: str = "") -> list[str]:
+    """The leaves in which two JSON trees differ, as "name: before, now ..."."""
+    if isinstance(before, dict) and isinstance(now, dict) and name != "ids":
+        keys = sorted(before.keys() | now.keys())
+        return [text for key in keys for text in _differences(before.get(key), now.get(key), key)]
+    if before == now or name in ("files", "num_files"):  # the source's one hash says it
+        return []
+    shown = [str(value) if len(str(value)) < 40 else str(value)[:12] + "..." for value in (before, now)]
+    return [f"{name}: {shown[0]}, now {shown[1]}"]
 
 
 def _spool(directory: Path, parsing: dict[str, Any]) -> Spool:
@@ -156,7 +168,16 @@ def _parse_into(
     if already and not quiet:
         print(f"continuing after {already} of {total} structures that an interrupted run had read")
     failures = 0
-    with tqdm(total=total, initial=already, unit="crystal", desc="reading", disable=quiet, file=sys.stderr) as bar:
+    interval = 0.2 if sys.stderr.isatty() else 10.0  # a log file wants few lines
+    with tqdm(
+        total=total,
+        initial=already,
+        unit="crystal",
+        desc="reading",
+        disable=quiet,
+        file=sys.stderr,
+        mininterval=interval,
+    ) as bar:
         for outcome in spool.append(_outcomes(files, cell, num_workers, time_limit, already)):
             failures += bool(outcome.reason)
             bar.update()
@@ -203,7 +224,8 @@ def _check_something_is_left(
         raise UserError(f"no crystal is left of {number['read']} read ({reasons}): {report} names each")
     if "" in files and not selection.kept_of_split[0]:
         raise UserError(
-            f"none of the {number['kept']} crystals kept falls in the train split: give --split_fractions=1,0,0 or --split_ids"
+            f"none of the {number['kept']} crystals kept falls in the train split: "
+            "give --split_fractions=1,0,0 or --split_ids"
         )
 
 
@@ -246,13 +268,19 @@ def _column(text: str) -> tuple[str, Column]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="unimat prepare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        prog="unimat prepare",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     add = parser.add_argument
     add("--dataset", required=True, help=f"one of {', '.join(DATASETS)}; 'crystals' reads your own files")
     add("--source", help="directory, zip or file with the crystals (starter needs none)")
     add("--data_dir", default="data", help="where data sets are kept (default: data)")
-    for name, what in (("primitive", "primitive cells (spglib; default: no)"), ("niggli", "Niggli cells (spglib; default: yes)")):
+    for name, what in (
+        ("primitive", "primitive cells (spglib; default: no)"),
+        ("niggli", "Niggli cells (spglib; default: yes)"),
+    ):
         add(f"--{name}", action=argparse.BooleanOptionalAction, default=None, help=what)
     add("--primitive_tolerance", type=float, default=0.01, help="Angstrom (default 0.01)")
     add("--niggli_tolerance", type=float, default=1e-5, help="spglib's eps (default 1e-5)")
@@ -263,8 +291,20 @@ def _parser() -> argparse.ArgumentParser:
     add("--split_by", choices=("id", "formula"), help="what is hashed (starter: formula, crystals: id)")
     add("--split_fractions", type=_list, default=["0.9", "0.05", "0.05"], help="train,validation,test")
     add("--seed", type=int, default=0, help="of the splits (default 0)")
-    add("--property", action="append", default=[], dest="properties", help="NAME:UNIT[:FUNCTIONAL[:CORRECTION]], repeatable")
-    add("--ignore_property", action="append", default=[], dest="ignore_properties", help="a column to leave out, repeatable")
+    add(
+        "--property",
+        action="append",
+        default=[],
+        dest="properties",
+        help="NAME:UNIT[:FUNCTIONAL[:CORRECTION]], repeatable",
+    )
+    add(
+        "--ignore_property",
+        action="append",
+        default=[],
+        dest="ignore_properties",
+        help="a column to leave out, repeatable",
+    )
     add("--num_shards", type=int, help="files a split (default: by size)")
     add("--num_workers", type=int, help="processes that parse (default: every core)")
     add("--time_limit", type=float, default=60.0, help="seconds a structure may take to parse (default 60)")

@@ -68,10 +68,14 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 def table(report: Mapping[str, Any], directory: Path) -> str:
     """The report for a terminal."""
-    lines = [f"{report['dataset']}: {report['read']} read, {report['kept']} kept, {report['read'] - report['kept']} dropped"]
+    lines = [
+        f"{report['dataset']}: {report['read']} read, {report['kept']} kept, {report['read'] - report['kept']} dropped"
+    ]
     for split, values in report["splits"].items():
         share = f"{values['percent_of_dense_mp_20_tensor']} % of MP-20's dense tensor"
-        lines.append(f"  {split:<12}{values['crystals']:>8} crystals, {values['bytes_per_crystal']} bytes each ({share})")
+        lines.append(
+            f"  {split:<12}{values['crystals']:>8} crystals, {values['bytes_per_crystal']} bytes each ({share})"
+        )
     for reason, items in sorted(report["dropped_structures"].items()):
         lines.append(f"  dropped     {len(items):>8} {reason}, first {items[0]['id']}: {items[0]['message'][:160]}")
     for change, number in report["changed"].items():
@@ -85,5 +89,7 @@ def table(report: Mapping[str, Any], directory: Path) -> str:
         missing = report["split_ids_not_found"]
         lines.append(f"  not found   {len(missing):>8} ids of --split_ids, first {missing[0]}")
     lines += [f"  note        {note}" for note in report["notes"]]
-    lines.append(f"  {report['seconds']} s, {report['crystals_per_second']} crystals/s; every id is in {directory / REPORT}")
+    lines.append(
+        f"  {report['seconds']} s, {report['crystals_per_second']} crystals/s; every id is in {directory / REPORT}"
+    )
     return "\n".join(lines)

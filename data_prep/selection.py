@@ -36,7 +36,10 @@ class Filters:
             return "too_many_atoms", f"{len(slots)} atoms, --max_atoms={self.max_atoms}"
         most = int(slots[:, 0].max()) + 1
         if self.max_atoms_per_element is not None and most > self.max_atoms_per_element:
-            return "too_many_of_element", f"{most} atoms of one element, --max_atoms_per_element={self.max_atoms_per_element}"
+            return (
+                "too_many_of_element",
+                f"{most} atoms of one element, --max_atoms_per_element={self.max_atoms_per_element}",
+            )
         if self.elements is not None:
             outside = sorted({SYMBOLS[z] for z in ATOMIC_NUMBERS[slots[:, 1], slots[:, 2]]} - self.elements)
             if outside:
@@ -173,9 +176,9 @@ def _with_functional(name: str, column: Column, declared: bool, functionals: Map
         if len(values) > 1:
             found = ", ".join(f"{value} ({count})" for value, count in values.most_common())
             raise UserError(
-                f"mixed functionals: column {name!r} is an energy and column {beside!r} holds {found}: keep one of them in "
-                f"the source, or say what the column is with --property={name}:UNIT:FUNCTIONAL[:CORRECTION], or leave it "
-                f"out with --ignore_property={name}"
+                f"mixed functionals: column {name!r} is an energy and column {beside!r} holds {found}: keep one of them "
+                f"in the source, or say what the column is with --property={name}:UNIT:FUNCTIONAL[:CORRECTION], or leave "
+                f"it out with --ignore_property={name}"
             )
         return dataclasses.replace(column, functional=next(iter(values)))
     return dataclasses.replace(column, functional="unknown")

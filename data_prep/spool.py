@@ -1,4 +1,4 @@
-"""The outcomes of parsing on disk, in order: parsing is done once, and an interrupted run continues where it stopped."""
+"""The outcomes of parsing on disk, in order: parsing is done once, and an interrupted run goes on where it stopped."""
 
 from __future__ import annotations
 

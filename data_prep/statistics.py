@@ -78,7 +78,13 @@ class Statistics:
     def _flush(self) -> None:
         if self._cells:
             for form, moments in self.lattice.items():
-                moments.add(lattice_vector(np.stack(self._cells), np.array(self._sizes), form))
+                vectors = lattice_vector(np.stack(self._cells), np.array(self._sizes), form)
+                if form == "matrix":
+                    # This form is trained on random rotations of the cell: each entry of row a then has mean 0 and
+                    # variance |a|^2 / 3, which a pair of opposite vectors along (1, 1, 1) has too.
+                    spread = np.repeat(np.linalg.norm(vectors.reshape(-1, 3, 3), axis=-1) / np.sqrt(3), 3, axis=-1)
+                    vectors = np.concatenate([spread, -spread])
+                moments.add(vectors)
         self._cells, self._sizes = [], []
 
     def to_json(self, properties: Mapping[str, Mapping[str, str]]) -> dict[str, Any]:
@@ -87,14 +93,17 @@ class Statistics:
         described = {}
         for name, about in properties.items():
             moments = self.properties.get(name, RunningMoments(1))
-            values = {k: float(getattr(moments, k)[0]) if moments.count else None for k in ("min", "max", "mean", "std")}
+            values = {
+                k: float(getattr(moments, k)[0]) if moments.count else None for k in ("min", "max", "mean", "std")
+            }
             described[name] = {**about, **values, "count": moments.count}
         return {
             "elements": {SYMBOLS[z]: self.elements[z] for z in sorted(self.elements)},
             "max_atoms": self.max_atoms,
             "max_atoms_per_element": self.max_atoms_per_element,
             "lattice": {
-                form: {"mean": m.mean.tolist(), "std": np.maximum(m.std, MIN_STD).tolist()} for form, m in self.lattice.items()
+                form: {"mean": m.mean.tolist(), "std": np.maximum(m.std, MIN_STD).tolist()}
+                for form, m in self.lattice.items()
             },
             "coordinate_radius": self.coordinate_radius,
             "properties": described,

@@ -36,7 +36,10 @@ _READERS: list[tuple[str, Callable[[SourceFile], Iterator[RawStructure]]]] = [
     (r"\.db$", tables.scan_ase_db),
     (r"(^|/)(poscar|contcar)[^/]*$|\.(poscar|vasp)$", tables.scan_poscar),
 ]
-_KNOWN = "a directory or .zip of them, .cif, POSCAR / CONTCAR / .poscar / .vasp, .extxyz / .xyz, .csv, .json(.gz), .npz, .parquet, .db"
+_KNOWN = (
+    "a .cif, POSCAR / CONTCAR / .poscar / .vasp, .extxyz / .xyz, .csv, .json(.gz), .npz, .parquet or .db file, "
+    "or a directory or .zip of them"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +102,9 @@ def _uids(names: list[str]) -> list[str]:
         if re.match(r"(poscar|contcar)", file.name, re.IGNORECASE):
             stems.append(file.parent.as_posix() if generic else file.name)
         else:
-            stems.append(re.sub(r"\.(cif|extxyz|xyz|csv|jsonl?|npz|parquet|db|poscar|vasp)$", "", file.name, flags=re.IGNORECASE))
+            stems.append(
+                re.sub(r"\.(cif|extxyz|xyz|csv|jsonl?|npz|parquet|db|poscar|vasp)$", "", file.name, flags=re.IGNORECASE)
+            )
     counts = Counter(stems)
     return [stem if counts[stem] == 1 else name for stem, name in zip(stems, names, strict=True)]
 
@@ -108,7 +113,9 @@ def _scan_many(files: Iterator[SourceFile]) -> Iterator[RawStructure]:
     for file in files:
         reader = _reader(file.name)
         if reader is None:
-            yield problem(file.uid, file.name, "not_a_structure_file", f"{file.name} is of no known kind and was left out")
+            yield problem(
+                file.uid, file.name, "not_a_structure_file", f"{file.name} is of no known kind and was left out"
+            )
             continue
         try:
             yield from _refuse_pointer(file) or reader(file)
@@ -132,7 +139,8 @@ def _scan_zip(path: Path) -> Iterator[RawStructure]:
             if PurePosixPath(name).is_absolute() or ".." in re.split(r"[\\/]", name) or re.match(r"[A-Za-z]:|\\", name):
                 yield problem(uid, name, "unsafe_path", f"{name!r} points outside the zip: repack it with plain names")
             elif member.file_size > MAX_MEMBER_BYTES:
-                message = f"{name} is {member.file_size / 2**20:.0f} MiB unpacked, the limit is {MAX_MEMBER_BYTES / 2**20:.0f}"
+                size, limit = member.file_size // 2**20, MAX_MEMBER_BYTES // 2**20
+                message = f"{name} is {size} MiB unpacked, the limit is {limit}"
                 yield problem(uid, name, "too_large", f"{message}: unpack the zip and give the directory")
             elif member.flag_bits & 1:
                 yield problem(uid, name, "encrypted", f"{name} is encrypted: unpack the zip and give the directory")

@@ -1,4 +1,4 @@
-"""One raw structure (text or arrays, as `structure_files.scan` finds it) -> one Crystal, or a CrystalError with a reason.
+"""One raw structure (text or arrays, as `structure_files.scan` finds it) -> one Crystal, or a CrystalError.
 
 `parse` never guesses: partial occupancies, unknown species, a formula that the listed atoms do not give and the like
 are failures; what is taken away (oxidation states, moments, labels, isotopes) is counted in `Changes`.
@@ -112,7 +112,9 @@ def _parse_cif(raw: RawStructure, changes: Changes) -> Crystal:
 
     block = next((b for b in CifFile.from_str(raw.payload).data.values() if "_cell_length_a" in b.data), None)
     if block is None:
-        raise CrystalError("no_structure", f"{raw.origin}: no CIF block with a cell (_cell_length_a): is the file cut off?")
+        raise CrystalError(
+            "no_structure", f"{raw.origin}: no CIF block with a cell (_cell_length_a): is the file cut off?"
+        )
     data = block.data
     for key in ("_length_a", "_length_b", "_length_c", "_angle_alpha", "_angle_beta", "_angle_gamma"):
         if re.search(r"nan|inf", str(data[f"_cell{key}"]), re.IGNORECASE):
@@ -174,7 +176,9 @@ def _parse_poscar(raw: RawStructure, changes: Changes) -> Crystal:
 
     lines = raw.payload.splitlines()
     if len(lines) < 8:
-        raise CrystalError("unparsable", f"{raw.origin} has {len(lines)} lines, a POSCAR has at least 8: is it cut off?")
+        raise CrystalError(
+            "unparsable", f"{raw.origin} has {len(lines)} lines, a POSCAR has at least 8: is it cut off?"
+        )
     symbols = lines[5].split()
     if all(re.fullmatch(r"\d+", s) for s in symbols):
         # pymatgen would take H, He, Li, ... for a VASP 4 file without symbols.

@@ -81,7 +81,9 @@ def scan_csv(file: SourceFile) -> Iterator[RawStructure]:
         columns = reader.fieldnames or []
         if "cif" not in columns and "structure" not in columns:
             found = ", ".join(c or "(unnamed)" for c in columns) or "none"
-            raise UserError(f"{file.name} has no 'cif' column (columns: {found}): rename the column that holds the CIF texts")
+            raise UserError(
+                f"{file.name} has no 'cif' column (columns: {found}): rename the column that holds the CIF texts"
+            )
         key = "cif" if "cif" in columns else "structure"
         for index, row in enumerate(reader):
             skip = (key, "cif.conv", None)
@@ -123,7 +125,9 @@ def scan_parquet(file: SourceFile) -> Iterator[RawStructure]:
     if key is None:
         if names["numbers"] or not names["species"]:
             names["species"] = None
-        has_all = names["lattice"] and (names["numbers"] or names["species"]) and (names["frac_coords"] or names["positions"])
+        has_all = (
+            names["lattice"] and (names["numbers"] or names["species"]) and (names["frac_coords"] or names["positions"])
+        )
         if not has_all:
             raise UserError(
                 f"{file.name} has columns {', '.join(columns)}: give a 'cif' column, a 'structure' column of pymatgen "
@@ -139,7 +143,9 @@ def scan_parquet(file: SourceFile) -> Iterator[RawStructure]:
                 payload = {part: row[name] for part, name in names.items() if name and row[name] is not None}
                 origin = f"{file.name}:row {index}"
                 others = {k: v for k, v in row.items() if k not in names.values()}
-                yield RawStructure(_uid_of(row, f"{file.uid}-{index}"), origin, "arrays", payload, *split_columns(others))
+                yield RawStructure(
+                    _uid_of(row, f"{file.uid}-{index}"), origin, "arrays", payload, *split_columns(others)
+                )
             index += 1
 
 
@@ -154,7 +160,9 @@ def scan_json(file: SourceFile) -> Iterator[RawStructure]:
         raise UserError(f"{file.name} is no valid JSON ({error}): is the file cut off?") from error
     if isinstance(content, dict) and {"columns", "data"} <= content.keys():  # pandas orient="split", as matbench has it
         ids = content.get("index", range(len(content["data"])))
-        content = {str(i): dict(zip(content["columns"], row, strict=True)) for i, row in zip(ids, content["data"], strict=True)}
+        content = {
+            str(i): dict(zip(content["columns"], row, strict=True)) for i, row in zip(ids, content["data"], strict=True)
+        }
     if isinstance(content, dict) and ("sites" in content or "structure" in content):
         content = {file.uid: content}
     if isinstance(content, dict):
@@ -162,7 +170,9 @@ def scan_json(file: SourceFile) -> Iterator[RawStructure]:
     elif isinstance(content, list):
         items = [(f"{file.uid}-{i}", f"{file.name}:{i}", value) for i, value in enumerate(content)]
     else:
-        raise UserError(f"{file.name} holds a {type(content).__name__}: give a list or an object of pymatgen Structures")
+        raise UserError(
+            f"{file.name} holds a {type(content).__name__}: give a list or an object of pymatgen Structures"
+        )
     for uid, origin, value in items:
         yield _json_entry(uid, origin, value, keyed=isinstance(content, dict))
 
@@ -186,7 +196,11 @@ def _json_entry(uid: str, origin: str, value: Any, keyed: bool) -> RawStructure:
         if isinstance(value.get(nested), dict):
             row = {**value[nested], **row}
     uid = uid if keyed else _uid_of(row, uid)
-    row = {k: v for k, v in row.items() if not k.startswith("@") and not (k == "correction" and "energy_adjustments" in row)}
+    row = {
+        k: v
+        for k, v in row.items()
+        if not k.startswith("@") and not (k == "correction" and "energy_adjustments" in row)
+    }
     return RawStructure(uid, origin, "pymatgen", structure, *split_columns(row))
 
 
@@ -199,12 +213,16 @@ def scan_npz(file: SourceFile) -> Iterator[RawStructure]:
         raise UserError(f"{file.name} cannot be read as npz without pickle: {error}") from error
     missing = {"n_atoms", "numbers", "frac_coords", "lattice"} - arrays.keys()
     if missing:
-        raise UserError(f"{file.name} lacks {sorted(missing)} (it has {sorted(arrays)}): see the npz layout in the README")
+        raise UserError(
+            f"{file.name} lacks {sorted(missing)} (it has {sorted(arrays)}): see the npz layout in the README"
+        )
     n_atoms = arrays.pop("n_atoms").astype(np.int64)
     stops = np.cumsum(n_atoms)
     numbers, frac, lattice = arrays.pop("numbers"), arrays.pop("frac_coords"), arrays.pop("lattice")
     if not (stops[-1:].sum() == len(numbers) == len(frac) and len(lattice) == len(n_atoms)):
-        raise UserError(f"{file.name}: n_atoms adds up to {stops[-1:].sum()}, but there are {len(numbers)} atoms: remake it")
+        raise UserError(
+            f"{file.name}: n_atoms adds up to {stops[-1:].sum()}, but there are {len(numbers)} atoms: remake it"
+        )
     columns = {name: a.tolist() for name, a in arrays.items() if a.ndim == 1 and len(a) == len(n_atoms)}
     for index, stop in enumerate(stops):
         atoms = slice(stop - n_atoms[index], stop)
@@ -217,22 +235,25 @@ def scan_npz(file: SourceFile) -> Iterator[RawStructure]:
 def scan_ase_db(file: SourceFile) -> Iterator[RawStructure]:
     """An ASE SQLite database; key-value pairs and the energy become columns."""
     if file.path is None:
-        yield problem(file.uid, file.name, "not_in_zip", f"{file.name}: an ASE database is not read inside a zip: unpack it")
+        yield problem(
+            file.uid, file.name, "not_in_zip", f"{file.name}: an ASE database is not read inside a zip: unpack it"
+        )
         return
     import ase.db
 
-    with ase.db.connect(str(file.path)) as database:
-        for row in database.select():
-            columns = dict(row.key_value_pairs)
-            if row.get("energy") is not None:
-                columns["energy"] = row.get("energy")
-            dropped = [k for k in ("initial_magmoms", "magmoms", "forces", "initial_charges", "charges", "tags") if k in row]
-            payload = {
-                **{"numbers": row.numbers, "positions": row.positions, "lattice": row.cell, "pbc": row.pbc},
-                "dropped": dropped + (["constraints"] if row.get("constraints") else []),
-            }
-            uid = _uid_of(columns, f"{file.uid}-{row.id}")
-            yield RawStructure(uid, f"{file.name}:row {row.id}", "arrays", payload, *split_columns(columns))
+    for row in ase.db.connect(str(file.path)).select():
+        columns = dict(row.key_value_pairs)
+        if row.get("energy") is not None:
+            columns["energy"] = row.get("energy")
+        dropped = [
+            k for k in ("initial_magmoms", "magmoms", "forces", "initial_charges", "charges", "tags") if k in row
+        ]
+        payload = {
+            **{"numbers": row.numbers, "positions": row.positions, "lattice": row.cell, "pbc": row.pbc},
+            "dropped": dropped + (["constraints"] if row.get("constraints") else []),
+        }
+        uid = _uid_of(columns, f"{file.uid}-{row.id}")
+        yield RawStructure(uid, f"{file.name}:row {row.id}", "arrays", payload, *split_columns(columns))
 
 
 _INFO = re.compile(r'([A-Za-z_][\w.\-/]*)=("[^"]*"|\'[^\']*\'|\{[^}]*\}|\[[^\]]*\]|\S+)')
@@ -251,7 +272,9 @@ def scan_extxyz(file: SourceFile) -> Iterator[RawStructure]:
             any_frame = True
             origin = f"{file.name}:frame {frame}"
             if not first.strip().isdigit():
-                message = f"{origin}: {first.strip()[:40]!r} stands where the number of atoms should: the rest is not read"
+                message = (
+                    f"{origin}: {first.strip()[:40]!r} stands where the number of atoms should: the rest is not read"
+                )
                 pending.append(problem(f"{file.uid}-{frame}", origin, "unparsable", message))
                 first = ""
             else:
