@@ -121,10 +121,13 @@ class Crystal:
         return min_distance(self.frac_coords, self.lattice)
 
     def niggli(self, tolerance: float = 1e-5) -> Crystal:
-        """The same crystal in its Niggli-reduced cell (spglib, `tolerance` in Angstrom as spglib's `eps`)."""
+        """The same crystal in its Niggli-reduced cell (spglib, `tolerance` as its `eps`)."""
         import spglib
 
-        reduced = spglib.niggli_reduce(self.lattice, eps=tolerance)
+        # Noise of the tolerance's own size (a float32 cell) can send spglib in circles, some 0.5 % of cells: then a
+        # tolerance ten times smaller or larger serves.
+        attempts = (spglib.niggli_reduce(self.lattice, eps=tolerance * factor) for factor in (1.0, 0.1, 10.0))
+        reduced = next((lattice for lattice in attempts if lattice is not None), None)
         if reduced is None:
             raise CrystalError("niggli_failed", f"{self.uid or 'structure'}: no Niggli cell at tolerance {tolerance}")
         frac = self.frac_coords @ self.lattice @ np.linalg.inv(reduced)
@@ -165,7 +168,8 @@ class Crystal:
     def to_ase(self) -> ase.Atoms:
         import ase
 
-        info: dict[str, Any] = {"uid": self.uid, **self.properties}
+        # Not an empty uid: extxyz would write "uid= pbc=...", and the reader take the next key for its value.
+        info: dict[str, Any] = {**({"uid": self.uid} if self.uid else {}), **self.properties}
         return ase.Atoms(
             numbers=self.atomic_numbers, scaled_positions=self.frac_coords, cell=self.lattice, pbc=True, info=info
         )
@@ -243,11 +247,12 @@ _OFFSETS = np.stack(np.meshgrid(*[np.arange(-1, 2)] * 3, indexing="ij"), -1).res
 def min_distance(frac_coords: np.ndarray, lattice: np.ndarray) -> float:
     """The shortest interatomic distance (Angstrom), an atom's own periodic images included.
 
-    The cell is Niggli-reduced first, so that the 26 neighbouring cells hold every nearest image.
+    The cell is Delaunay-reduced first, so that the 26 neighbouring cells hold every nearest image. (Niggli's would do
+    as well, but its reduction does not end for some cells with the noise of float32.)
     """
     import spglib
 
-    reduced = spglib.niggli_reduce(lattice)
+    reduced = spglib.delaunay_reduce(lattice)
     reduced = lattice if reduced is None else reduced
     frac = frac_coords @ lattice @ np.linalg.inv(reduced)
     offsets = _OFFSETS @ reduced
