@@ -7,6 +7,7 @@ with anions more electronegative than cations. They are loose on purpose; a vali
 
 from __future__ import annotations
 
+import argparse
 import csv
 import dataclasses
 import json
@@ -19,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from unimat_jax.crystal import Crystal
+from unimat_jax.errors import UserError
 from unimat_jax.evaluation.composition import composition_reason
 
 MIN_DISTANCE = 0.5
@@ -162,3 +164,35 @@ def write_report(rows: Sequence[Validity], output_dir: Path) -> None:
         writer.writeheader()
         writer.writerows(row.to_json() for row in rows)
     (output_dir / "validity.json").write_text(json.dumps(summary(rows), indent=2) + "\n", encoding="utf-8")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Structure validity (CDVAE) and composition validity (SMACT) of every structure in crystal files."""
+    parser = argparse.ArgumentParser(prog="unimat check", description=main.__doc__)
+    parser.add_argument("paths", nargs="+", metavar="PATH", help="a crystal file, table, directory or zip of them")
+    parser.add_argument("--output_dir", type=Path, help="write validity.csv (a row a structure) and validity.json here")
+    arguments = parser.parse_args(argv)
+
+    from tqdm import tqdm
+
+    from unimat_jax.structure_files import read_structures
+
+    if arguments.output_dir is not None and arguments.output_dir.exists() and not arguments.output_dir.is_dir():
+        raise UserError(f"--output_dir={arguments.output_dir} is a file: name a directory")
+    rows = []
+    for path in arguments.paths:
+        for found in tqdm(read_structures(path), desc=f"checking {Path(path).name}", unit="structure", file=sys.stderr):
+            rows.append(check(found) if isinstance(found, Crystal) else Validity.failed(found.uid, found.reason))
+    if not rows:
+        raise UserError(f"no structures in {', '.join(arguments.paths)}: give crystal files, or a directory of them")
+    print(format_summary(summary(rows)))
+    if arguments.output_dir is not None:
+        write_report(rows, arguments.output_dir)
+        print(f"written: {arguments.output_dir / 'validity.csv'}, {arguments.output_dir / 'validity.json'}")
+    return 0
+
+
+if __name__ == "__main__":
+    from unimat_jax.cli import run_program
+
+    sys.exit(run_program(main, sys.argv[1:]))
