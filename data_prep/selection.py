@@ -176,9 +176,9 @@ def _with_functional(name: str, column: Column, declared: bool, functionals: Map
         if len(values) > 1:
             found = ", ".join(f"{value} ({count})" for value, count in values.most_common())
             raise UserError(
-                f"mixed functionals: column {name!r} is an energy and column {beside!r} holds {found}: keep one of them "
-                f"in the source, or say what the column is with --property={name}:UNIT:FUNCTIONAL[:CORRECTION], or leave "
-                f"it out with --ignore_property={name}"
+                f"mixed functionals: column {name!r} is an energy and column {beside!r} holds {found}: keep one "
+                f"of them in the source, or say what it is with --property={name}:UNIT:FUNCTIONAL[:CORRECTION], or "
+                f"leave it out with --ignore_property={name}"
             )
         return dataclasses.replace(column, functional=next(iter(values)))
     return dataclasses.replace(column, functional="unknown")

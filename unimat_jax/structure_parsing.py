@@ -70,6 +70,8 @@ def _symbol(text: str, raw: RawStructure, changes: Changes) -> str:
     if letters in _ISOTOPES:
         changes["isotopes_read_as_H"] = 1
         return "H"
+    if re.search(r"\d*[+-]\d*$", text.strip()):
+        changes["oxidation_states_stripped"] = 1
     if letters.capitalize() not in _NUMBER_OF:
         raise CrystalError(
             "bad_element", f"{raw.origin}: species {text!r} is no chemical element: take vacancies and dummies out"
@@ -94,8 +96,10 @@ def _from_structure(structure, raw: RawStructure, changes: Changes) -> Crystal:
                 changes["oxidation_states_stripped"] = 1
             if getattr(species, "spin", None) is not None:
                 changes["magnetic_moments_dropped"] = 1
-        if site.is_ordered and not re.fullmatch(rf"{site.specie.symbol}[\d.+-]*", site.label or site.specie.symbol):
-            changes["labels_dropped"] = 1
+        if site.is_ordered:
+            symbol = "[HDT]" if site.specie.symbol == "H" else site.specie.symbol
+            if not re.fullmatch(rf"{symbol}[\d.+-]*", site.label or site.specie.symbol):
+                changes["labels_dropped"] = 1
     for name, values in structure.site_properties.items():
         if any(value is not None for value in values):
             changes["magnetic_moments_dropped" if name == "magmom" else "site_properties_dropped"] = 1
@@ -235,6 +239,8 @@ def _parse_pymatgen(raw: RawStructure, changes: Changes) -> Crystal:
     for site in data["sites"]:
         for species in site.get("species", ()):
             _symbol(str(species["element"]), raw, changes)
+            if species.get("spin") is not None or (species.get("properties") or {}).get("spin") is not None:
+                changes["magnetic_moments_dropped"] = 1
     return _from_structure(Structure.from_dict(data), raw, changes)
 
 

@@ -7,10 +7,12 @@ and what it should have.
 from __future__ import annotations
 
 import bz2
+import contextlib
 import csv
 import dataclasses
 import gzip
 import io
+import itertools
 import json
 import math
 import re
@@ -38,16 +40,25 @@ class SourceFile:
     open: Callable[[], IO[bytes]]
     path: Path | None = None
 
-    def binary(self) -> IO[bytes]:
+    @contextlib.contextmanager
+    def binary(self) -> Iterator[IO[bytes]]:
         """The decompressed content as a stream."""
-        stream = self.open()
-        if self.name.lower().endswith(".gz"):
-            return gzip.GzipFile(fileobj=stream)  # type: ignore[return-value]
-        return bz2.BZ2File(stream) if self.name.lower().endswith(".bz2") else stream
+        with self.open() as stream:
+            if self.name.lower().endswith(".gz"):
+                with gzip.GzipFile(fileobj=stream) as unzipped:
+                    yield unzipped  # type: ignore[misc]
+            elif self.name.lower().endswith(".bz2"):
+                with bz2.BZ2File(stream) as unzipped:
+                    yield unzipped
+            else:
+                yield stream
+
+    def read(self) -> bytes:
+        with self.binary() as stream:
+            return stream.read()
 
     def text(self) -> str:
-        with self.binary() as stream:
-            return stream.read().decode("utf-8", errors="replace")
+        return self.read().decode("utf-8", errors="replace")
 
 
 def split_columns(row: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, str]]:
@@ -118,7 +129,7 @@ def scan_parquet(file: SourceFile) -> Iterator[RawStructure]:
     """Parquet with a `cif`, a `structure` (pymatgen JSON or struct) or numbers / frac_coords / lattice columns."""
     import pyarrow.parquet
 
-    table = pyarrow.parquet.ParquetFile(file.path if file.path else io.BytesIO(file.open().read()))
+    table = pyarrow.parquet.ParquetFile(file.path if file.path else io.BytesIO(file.read()))
     columns = table.schema_arrow.names
     key = next((k for k in ("cif", "structure") if k in columns), None)
     names = {part: next((c for c in choices if c in columns), None) for part, choices in _NAMES.items()}
@@ -207,7 +218,7 @@ def _json_entry(uid: str, origin: str, value: Any, keyed: bool) -> RawStructure:
 def scan_npz(file: SourceFile) -> Iterator[RawStructure]:
     """npz with `n_atoms`, `numbers`, `frac_coords`, `lattice` and arrays by name, one value a structure."""
     try:
-        with np.load(io.BytesIO(file.open().read()), allow_pickle=False) as archive:
+        with np.load(io.BytesIO(file.read()), allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
     except (ValueError, OSError, EOFError) as error:
         raise UserError(f"{file.name} cannot be read as npz without pickle: {error}") from error
@@ -313,7 +324,7 @@ def scan_cif(file: SourceFile) -> Iterator[RawStructure]:
         yield problem(file.uid, file.name, "empty_file", f"{file.name} is empty")
         return
     starts = [m.start() for m in _DATA_BLOCK.finditer(text)]
-    blocks = [text[start:stop] for start, stop in zip(starts, [*starts[1:], len(text)], strict=True)]
+    blocks = [text[start:stop] for start, stop in itertools.pairwise([*starts, len(text)])]
     # Blocks such as data_global of journals hold no cell.
     blocks = [block for block in blocks if "_cell_length_a" in block.lower()]
     if len(blocks) <= 1:
