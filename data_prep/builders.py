@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from data_prep.datasets import DATASETS
+from data_prep.datasets import DATASETS, feature_name
 from data_prep.spool import Spool
 
 VERSION = "1.0.0"
@@ -63,7 +63,8 @@ class UniMatBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     def _generate_examples(self, split: int) -> Iterator[tuple[str, dict[str, Any]]]:
         for outcome, code in zip(self._spool, self._split_of, strict=True):
             if code == split and outcome.record is not None:
-                properties = {name: np.float32(outcome.properties.get(name, math.nan)) for name in self._properties}
+                values = {feature_name(name): value for name, value in outcome.properties.items()}
+                properties = {name: np.float32(values.get(name, math.nan)) for name in self._properties}
                 yield outcome.uid, {"material_id": outcome.uid, **outcome.record, "properties": properties}
 
 

@@ -56,6 +56,7 @@ DATASETS = {
         {
             "heat_all": Column("eV/atom", _CASTELLI, _CASTELLI_HULL),
             "heat_ref": Column("eV/atom", _CASTELLI, "relative to a pool of reference phases (Castelli et al. 2012)"),
+            "e_form": Column("eV/atom", _CASTELLI, "matbench_perovskites: mostly heat_all, some nearer heat_ref"),
             "dir_gap": Column("eV", "GLLB-SC"),
             "ind_gap": Column("eV", "GLLB-SC"),
         },

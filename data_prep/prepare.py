@@ -7,30 +7,24 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
 import json
-import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
-from data_prep.datasets import DATASETS, Column, notes_of, scan_all, source_files
-from data_prep.parse_pool import CellOptions, Outcome, WorkersDoNotStart, parse_all
+from data_prep.datasets import DATASETS, Column, notes_of, source_files
+from data_prep.parse_pool import CellOptions
+from data_prep.parse_stage import choose_num_workers, open_spool, parse_into
 from data_prep.report import REPORT, STATISTICS, fingerprint, make_report, table, write_json
 from data_prep.selection import Filters, Selection, SplitRule, counts, select
-from data_prep.splits import read_split_ids
-from data_prep.spool import Spool
+from data_prep.splits import read_property_table, read_split_ids
 from unimat_jax.cli import run_program
 from unimat_jax.errors import UserError
 from unimat_jax.periodic_table import atomic_number
-
-_QUICK_SUFFIXES = (".npz", ".parquet", ".db")
-"""Sources without text to parse; up to _QUICK_BYTES, starting workers would take longer than the work."""
-_QUICK_BYTES = 2**22
 
 
 def prepare(
@@ -51,6 +45,7 @@ def prepare(
     seed: int = 0,
     properties: Sequence[str] = (),
     ignore_properties: Sequence[str] = (),
+    property_table: str | Path | None = None,
     num_shards: int | None = None,
     num_workers: int | None = None,
     time_limit: float = 60.0,
@@ -59,7 +54,8 @@ def prepare(
 ) -> Path:
     """The directory `data_dir/dataset/1.0.0` with records, statistics.json and data_report.json.
 
-    dataset: a name of `datasets.DATASETS`. properties: "NAME:UNIT[:FUNCTIONAL[:CORRECTION]]". num_workers: 0 parses in
+    dataset: a name of `datasets.DATASETS`. properties: "NAME:UNIT[:FUNCTIONAL[:CORRECTION]]". property_table: a
+    CSV whose numbers are joined by id. num_workers: 0 parses in
     this process, None takes every core where there is text to parse. A finished data set with the same options and
     source is left as it is. Raises UserError with the field, the value and the remedy.
     """
@@ -75,15 +71,18 @@ def prepare(
     by = split_by or ("formula" if dataset == "starter" else "id")
     if by not in ("id", "formula"):
         raise UserError(f"--split_by={by}: choose 'id' or 'formula'")
+    if time_limit <= 0:
+        raise UserError(f"--time_limit={time_limit}: give seconds above 0")
     rule = SplitRule(read_split_ids(split_ids) if split_ids else None, by, fractions, seed)
     filters = Filters(max_atoms, max_atoms_per_element, _elements(elements))
     parsing = {"cell": dataclasses.asdict(cell), "source": fingerprint(files)}
     options: dict[str, Any] = {
         **parsing,
         "filters": {**dataclasses.asdict(filters), "elements": sorted(filters.elements) if filters.elements else None},
-        "splits": None if "" not in files else dataclasses.asdict(rule),
+        "splits": None if "" not in files else {**dataclasses.asdict(rule), "ids": _sha256(split_ids)},
         "properties": {name: column.to_json() for name, column in declared.items()},
         "ignore_properties": sorted(ignore_properties),
+        "property_table": _sha256(property_table),
         "num_shards": num_shards,
     }
     options = json.loads(json.dumps(options))  # as it will be read back
@@ -95,9 +94,11 @@ def prepare(
         return directory
 
     parsing_directory = directory.with_name("1.0.0.parsing")
-    spool = _spool(parsing_directory, parsing)
-    _parse_into(spool, files, cell, _num_workers(num_workers, files), time_limit, quiet)
-    selection = select(spool, filters, rule, DATASETS[dataset], declared, ignore_properties)
+    extra = read_property_table(property_table) if property_table else {}
+    spool = open_spool(parsing_directory, parsing, extra)
+    parse_into(spool, files, cell, choose_num_workers(num_workers, files), time_limit, quiet)
+    added = {name for row in extra.values() for name in row}
+    selection = select(spool, filters, rule, DATASETS[dataset], declared, ignore_properties, added)
     about = {"dataset": dataset, "notes": notes_of(dataset, files), "options": options}
     report_start = {**about, **counts(selection), "dropped_structures": selection.dropped}
     _check_something_is_left(selection, files, parsing_directory / REPORT, report_start)
@@ -140,7 +141,7 @@ def _is_done(directory: Path, options: dict[str, Any], overwrite: bool) -> bool:
 
 def _differences(before: Any, now: Any, name: str = "") -> list[str]:
     """The leaves in which two JSON trees differ, as "name: before, now ..."."""
-    if isinstance(before, dict) and isinstance(now, dict) and name != "ids":
+    if isinstance(before, dict) and isinstance(now, dict):
         keys = sorted(before.keys() | now.keys())
         return [text for key in keys for text in _differences(before.get(key), now.get(key), key)]
     if before == now or name in ("files", "num_files"):  # the source's one hash says it
@@ -149,69 +150,8 @@ def _differences(before: Any, now: Any, name: str = "") -> list[str]:
     return [f"{name}: {shown[0]}, now {shown[1]}"]
 
 
-def _spool(directory: Path, parsing: dict[str, Any]) -> Spool:
-    """The spool of an interrupted run on the same source and cell options, or a new one."""
-    wanted = json.dumps(parsing, sort_keys=True)
-    about = directory / "parsing.json"
-    if not about.exists() or about.read_text() != wanted:
-        shutil.rmtree(directory, ignore_errors=True)
-        directory.mkdir(parents=True)
-        about.write_text(wanted)
-    return Spool(directory / "outcomes.bin")
-
-
-def _parse_into(
-    spool: Spool, files: dict[str, Path], cell: CellOptions, num_workers: int, time_limit: float, quiet: bool
-) -> None:
-    already = spool.resume()
-    total = sum(1 for _ in scan_all(files))
-    if already and not quiet:
-        print(f"continuing after {already} of {total} structures that an interrupted run had read")
-    failures = 0
-    interval = 0.2 if sys.stderr.isatty() else 10.0  # a log file wants few lines
-    with tqdm(
-        total=total,
-        initial=already,
-        unit="crystal",
-        desc="reading",
-        disable=quiet,
-        file=sys.stderr,
-        mininterval=interval,
-    ) as bar:
-        for outcome in spool.append(_outcomes(files, cell, num_workers, time_limit, already)):
-            failures += bool(outcome.reason)
-            bar.update()
-            if outcome.reason:
-                bar.set_postfix(failed=failures, refresh=False)
-
-
-def _outcomes(
-    files: dict[str, Path], cell: CellOptions, num_workers: int, time_limit: float, skip: int
-) -> Iterator[Outcome]:
-    number = 0
-    try:
-        for outcome in parse_all(_skipped(files, skip), cell, num_workers=num_workers, time_limit=time_limit):
-            number += 1
-            yield outcome
-    except WorkersDoNotStart:
-        print('parsing in one process (a script needs `if __name__ == "__main__":` for more)', file=sys.stderr)
-        yield from parse_all(_skipped(files, skip + number), cell, num_workers=0)
-
-
-def _skipped(files: dict[str, Path], skip: int):
-    for index, item in enumerate(scan_all(files)):
-        if index >= skip:
-            yield item
-
-
-def _num_workers(asked: int | None, files: dict[str, Path]) -> int:
-    if asked is not None:
-        if asked < 0:
-            raise UserError(f"--num_workers={asked}: give 0 (this process only) or more")
-        return asked
-    if all(p.suffix in _QUICK_SUFFIXES and p.stat().st_size < _QUICK_BYTES for p in files.values()):
-        return 0
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def _sha256(path: str | Path | None) -> str | None:
+    return None if path is None else hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def _check_something_is_left(
@@ -305,6 +245,7 @@ def _parser() -> argparse.ArgumentParser:
         dest="ignore_properties",
         help="a column to leave out, repeatable",
     )
+    add("--property_table", help="CSV with an id column: its numbers become properties of the crystals of that id")
     add("--num_shards", type=int, help="files a split (default: by size)")
     add("--num_workers", type=int, help="processes that parse (default: every core)")
     add("--time_limit", type=float, default=60.0, help="seconds a structure may take to parse (default 60)")

@@ -87,9 +87,10 @@ def select(
     dataset: DataSet,
     declared: Mapping[str, Column],
     ignored: Iterable[str],
+    added: Iterable[str] = (),
 ) -> Selection:
-    """Reads the outcomes once. declared: columns described by the user; ignored: columns to leave out. UserErrors:
-    mixed functionals, a declared column that does not exist."""
+    """Reads the outcomes once. declared: columns described by the user; ignored: columns to leave out; added: columns
+    that the user joined. UserErrors: mixed functionals, a declared column that does not exist."""
     split_of = bytearray()
     dropped: dict[str, list[dict[str, str]]] = defaultdict(list)
     changed: Counter[str] = Counter()
@@ -123,7 +124,7 @@ def select(
         everything.add(outcome.record, properties)
         if split == 0:
             statistics.add(outcome.record, properties)
-    columns, unused = _columns(dataset, declared, set(ignored), numeric, textual, functionals)
+    columns, unused = _columns(dataset, declared, set(ignored), set(added), numeric, textual, functionals)
     for name in columns:
         source = [n for n in textual if feature_name(n) == name]
         if source:
@@ -137,6 +138,7 @@ def _columns(
     dataset: DataSet,
     declared: Mapping[str, Column],
     ignored: set[str],
+    added: set[str],
     numeric: Counter[str],
     textual: Counter[str],
     functionals: Mapping[str, Counter[str]],
@@ -155,7 +157,7 @@ def _columns(
             unused[name] = "left out by --ignore_property"
         elif textual[name] >= max(numeric[name], 1):
             unused[name] = "text"
-        elif dataset.columns is not None and name not in dataset.columns and name not in declared:
+        elif dataset.columns is not None and name not in dataset.columns.keys() | declared.keys() | added:
             unused[name] = "not a property of this data set"
         else:
             known = (dataset.columns or {}).get(name, Column())

@@ -1,4 +1,4 @@
-"""Which split a crystal belongs to: a file of ids, or a seeded hash of its id or its reduced formula."""
+"""Which split a crystal belongs to (a file of ids, or a seeded hash of its id or formula), and more columns by id."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import numpy as np
 
 from unimat_jax.errors import UserError
 from unimat_jax.periodic_table import ATOMIC_NUMBERS, SYMBOLS
+from unimat_jax.structure_tables import ID_COLUMNS, split_columns
 
 _NAMES = {"train": 0, "training": 0, "val": 1, "valid": 1, "validation": 1, "test": 2, "testing": 2}
 
@@ -64,6 +65,29 @@ def read_split_ids(path: str | Path) -> dict[str, int]:
     if not splits:
         raise UserError(f"--split_ids={path} holds no ids")
     return splits
+
+
+def read_property_table(path: str | Path) -> dict[str, dict[str, float]]:
+    """id -> numbers by column, from a CSV with a header and an id column (the first where none has a known name).
+    Raises UserError."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"--property_table={path} does not exist: give a CSV with an id column and columns of numbers")
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file)
+        columns = reader.fieldnames or []
+        identity = next((c for c in ID_COLUMNS if c in columns), columns[0] if columns else "")
+        table: dict[str, dict[str, float]] = {}
+        for row in reader:
+            uid = row.pop(identity)
+            if uid in table:
+                raise UserError(f"--property_table={path}: the id {uid!r} stands there twice: keep one")
+            table[uid] = split_columns(row)[0]
+    if not any(table.values()):
+        raise UserError(
+            f"--property_table={path} has no numbers (columns: {', '.join(columns)}): the header comes first"
+        )
+    return table
 
 
 def _pairs_of_json(content: object) -> list[tuple[str, str]]:

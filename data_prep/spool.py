@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -17,13 +18,18 @@ _HEAD = struct.Struct("<II")  # bytes of the JSON that follows, number of atoms
 class Spool:
     """A file of Outcomes, append only. One entry: sizes, JSON, then slots, frac_coords and lattice as raw bytes."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, extra_columns: Mapping[str, Mapping[str, float]] | None = None):
+        """extra_columns: id -> more properties, joined when the outcomes are read."""
         self.path = path
+        self.extra_columns = extra_columns or {}
 
     def __iter__(self) -> Iterator[Outcome]:
         if self.path.exists():
             with self.path.open("rb") as file:
                 while (entry := _read(file)) is not None:
+                    extra = self.extra_columns.get(entry.uid)
+                    if extra:
+                        entry = dataclasses.replace(entry, properties={**entry.properties, **extra})
                     yield entry
 
     def resume(self) -> int:

@@ -296,16 +296,17 @@ def test_nothing_left_is_an_error_with_the_reasons(tmp_path):
         (["--dataset=starter", "--split_fractions=0,1,0"], ("train",)),
         (["--dataset=starter", "--split_fractions=a,b,c"], ("a",)),
         (["--dataset=starter", "--property=nonsense"], ("NAME:UNIT",)),
-        (["--dataset=starter", "--property=nothing:eV"], ("nothing", "e_above_hull")),
+        (["--dataset=crystals", "--source={}/one.csv", "--property=nothing:eV"], ("nothing", "gap")),
         (["--dataset=starter", "--split_ids=nothing.csv"], ("nothing.csv",)),
-        (["--dataset=starter", "--num_workers=-1"], ("num_workers",)),
-        (["--dataset=starter", "--max_atoms=0"], ("no crystal is left", "3420 too_many_atoms")),
+        (["--dataset=starter", "--time_limit=0"], ("time_limit",)),
+        (["--dataset=crystals", "--source={}/one.csv", "--max_atoms=4"], ("no crystal is left", "1 too_many_atoms")),
     ],
 )
 def test_wrong_flags_are_one_line_with_the_remedy(flags, words, tmp_path):
     (tmp_path / "no_cif.csv").write_text("id,formula\n1,SrTiO3\n")
+    _table(tmp_path / "one.csv", [perovskite()], gap=[1.0])
     with pytest.raises(UserError) as error:
-        main([f.format(tmp_path) for f in flags] + [f"--data_dir={tmp_path}/d"])
+        main([f.format(tmp_path) for f in flags] + [f"--data_dir={tmp_path}/d", "--num_workers=0"])
     assert all(word in str(error.value) for word in words), str(error.value)
 
 
@@ -315,13 +316,14 @@ def test_unknown_flag_exits_with_2(capsys):
     assert error.value.code == 2 and "--elemnts" in capsys.readouterr().err
 
 
-def test_cdvae_layout_with_a_missing_split(tmp_path):
+@pytest.mark.parametrize("name", ["mp_20", "mpts_52"])
+def test_cdvae_layout_with_a_missing_split(name, tmp_path):
     crystals = _crystals(20)
     energies = [0.1 * i for i in range(20)]
     _table(tmp_path / "mp/train.csv", crystals[:15], formation_energy_per_atom=energies[:15], elements=["Li"] * 15)
     values = {"formation_energy_per_atom": [*energies[15:], 0.0], "elements": ["Li"] * 6}
     _table(tmp_path / "mp/val.csv", [*crystals[15:], crystals[0]], **values)
-    directory = prepare("mp_20", tmp_path / "mp", tmp_path / "data", quiet=True, num_workers=0)
+    directory = prepare(name, tmp_path / "mp", tmp_path / "data", quiet=True, num_workers=0)
     report = _report(directory)
     assert _records(directory, "train").keys() == {c.uid for c in crystals[:15]}
     assert _records(directory, "validation").keys() == {c.uid for c in crystals[15:]}
@@ -410,6 +412,21 @@ def test_mixed_functionals_are_an_error_with_three_ways_out(tmp_path):
     }
 
 
+def test_property_table_and_odd_column_names(tmp_path):
+    (tmp_path / "cifs").mkdir()
+    for crystal in _crystals(3):
+        (tmp_path / "cifs" / f"{crystal.uid}.cif").write_text(crystal.to_cif())
+    _write_csv(tmp_path / "targets.csv", [{"id": "id-0", "band gap (eV)": 1.5}, {"id": "id-2", "band gap (eV)": 2.5}])
+    options = {"split_fractions": (1, 0, 0), "quiet": True, "num_workers": 0}
+    directory = prepare("crystals", tmp_path / "cifs", tmp_path, property_table=tmp_path / "targets.csv", **options)
+    values = {uid: float(r["properties"]["band_gap_eV"]) for uid, r in _records(directory, "train").items()}
+    assert values.pop("id-1") != values.get("id-1") and values == {"id-0": 1.5, "id-2": 2.5}
+    assert json.loads((directory / "statistics.json").read_text())["properties"]["band_gap_eV"]["mean"] == 2.0
+    (tmp_path / "targets.csv").write_text("id,formula\nid-0,SrTiO3\n")
+    with pytest.raises(UserError, match=r"no numbers.*id, formula"):
+        prepare("crystals", tmp_path / "cifs", tmp_path / "b", property_table=tmp_path / "targets.csv", **options)
+
+
 def test_filters_name_each_crystal(tmp_path):
     crystals = [perovskite(), quartz(), Crystal.create([3], [[0, 0, 0]], 3 * np.eye(3), "Li")]
     source = _table(tmp_path / "a.csv", crystals)
@@ -492,8 +509,13 @@ def test_real_data_sets(name, split, tmp_path):
 def test_partial_train_is_called_so(tmp_path):
     source = tmp_path / "mp_20"
     source.mkdir()
-    (source / "train_partial.npz").symlink_to(data_dir() / "mp_20" / "train_partial.npz")
-    directory = prepare("mp_20", source, tmp_path / "data", max_atoms=2, quiet=True, num_workers=0)
+    with np.load(data_dir() / "mp_20" / "train_partial.npz") as whole:
+        number = 100
+        atoms = int(whole["n_atoms"][:number].sum())
+        cut = {name: whole[name][: atoms if name in ("numbers", "frac_coords") else number] for name in whole.files}
+    np.savez(source / "train_partial.npz", **cut)
+    directory = prepare("mp_20", source, tmp_path / "data", quiet=True, num_workers=0)
+    assert set(_report(directory)["columns_not_used"]) == {"row_index", "source"}
     for content in (_report(directory), json.loads((directory / "statistics.json").read_text())):
         assert any(note.startswith("partial train") for note in content["notes"])
     metadata = tfds.builder_from_directory(str(directory)).info.metadata

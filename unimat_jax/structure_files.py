@@ -16,6 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO
 
 from unimat_jax import structure_tables as tables
+from unimat_jax import structure_texts as texts
 from unimat_jax.crystal import Crystal, CrystalError
 from unimat_jax.errors import UserError
 from unimat_jax.structure_parsing import Changes, RawStructure, parse, problem
@@ -27,14 +28,14 @@ MAX_MEMBER_BYTES = 2**30
 """A larger file inside a zip is refused (`too_large`): a few kilobytes can unpack to terabytes."""
 
 _READERS: list[tuple[str, Callable[[SourceFile], Iterator[RawStructure]]]] = [
-    (r"\.cif(\.gz)?$", tables.scan_cif),
-    (r"\.(ext)?xyz(\.gz)?$", tables.scan_extxyz),
+    (r"\.cif(\.gz)?$", texts.scan_cif),
+    (r"\.(ext)?xyz(\.gz)?$", texts.scan_extxyz),
     (r"\.csv(\.gz|\.bz2)?$", tables.scan_csv),
     (r"\.jsonl?(\.gz|\.bz2)?$", tables.scan_json),
     (r"\.npz$", tables.scan_npz),
     (r"\.parquet$", tables.scan_parquet),
     (r"\.db$", tables.scan_ase_db),
-    (r"(^|/)(poscar|contcar)[^/]*$|\.(poscar|vasp)$", tables.scan_poscar),
+    (r"(^|/)(poscar|contcar)[^/]*$|\.(poscar|vasp)$", texts.scan_poscar),
 ]
 _KNOWN = (
     "a .cif, POSCAR / CONTCAR / .poscar / .vasp, .extxyz / .xyz, .csv, .json(.gz), .npz, .parquet or .db file, "

@@ -1,4 +1,4 @@
-"""Readers of files that hold many structures: CSV, JSON, Parquet, ASE database, npz, extxyz and multi-block CIF.
+"""Readers of tables of structures: CSV, JSON, Parquet, ASE database and npz.
 
 Each takes a `SourceFile` and yields RawStructures, lazily where the format allows. UserError names what the file has
 and what it should have.
@@ -12,7 +12,6 @@ import csv
 import dataclasses
 import gzip
 import io
-import itertools
 import json
 import math
 import re
@@ -80,7 +79,7 @@ def split_columns(row: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, s
     return numbers, texts
 
 
-def _uid_of(row: Mapping[str, Any], fallback: str) -> str:
+def uid_of(row: Mapping[str, Any], fallback: str) -> str:
     return next((str(row[c]) for c in ID_COLUMNS if row.get(c) not in (None, "")), fallback)
 
 
@@ -102,7 +101,7 @@ def scan_csv(file: SourceFile) -> Iterator[RawStructure]:
 
 
 def _cell_of_table(file: SourceFile, index: int, value: Any, row: Mapping[str, Any], key: str) -> RawStructure:
-    uid, origin = _uid_of(row, f"{file.uid}-{index}"), f"{file.name}:row {index}"
+    uid, origin = uid_of(row, f"{file.uid}-{index}"), f"{file.name}:row {index}"
     numbers, texts = split_columns(row)
     if value is None or (isinstance(value, str) and not value.strip()):
         return problem(uid, origin, "no_structure", f"{origin}: the {key!r} cell is empty")
@@ -155,7 +154,7 @@ def scan_parquet(file: SourceFile) -> Iterator[RawStructure]:
                 origin = f"{file.name}:row {index}"
                 others = {k: v for k, v in row.items() if k not in names.values()}
                 yield RawStructure(
-                    _uid_of(row, f"{file.uid}-{index}"), origin, "arrays", payload, *split_columns(others)
+                    uid_of(row, f"{file.uid}-{index}"), origin, "arrays", payload, *split_columns(others)
                 )
             index += 1
 
@@ -206,7 +205,7 @@ def _json_entry(uid: str, origin: str, value: Any, keyed: bool) -> RawStructure:
     for nested in ("data", "parameters"):  # a ComputedStructureEntry's own columns
         if isinstance(value.get(nested), dict):
             row = {**value[nested], **row}
-    uid = uid if keyed else _uid_of(row, uid)
+    uid = uid if keyed else uid_of(row, uid)
     row = {
         k: v
         for k, v in row.items()
@@ -239,7 +238,7 @@ def scan_npz(file: SourceFile) -> Iterator[RawStructure]:
         atoms = slice(stop - n_atoms[index], stop)
         payload = {"numbers": numbers[atoms], "frac_coords": frac[atoms], "lattice": lattice[index]}
         row = {name: values[index] for name, values in columns.items()}
-        uid = _uid_of(row, f"{file.uid}-{index}")
+        uid = uid_of(row, f"{file.uid}-{index}")
         yield RawStructure(uid, f"{file.name}:{index}", "arrays", payload, *split_columns(row))
 
 
@@ -263,81 +262,5 @@ def scan_ase_db(file: SourceFile) -> Iterator[RawStructure]:
             **{"numbers": row.numbers, "positions": row.positions, "lattice": row.cell, "pbc": row.pbc},
             "dropped": dropped + (["constraints"] if row.get("constraints") else []),
         }
-        uid = _uid_of(columns, f"{file.uid}-{row.id}")
+        uid = uid_of(columns, f"{file.uid}-{row.id}")
         yield RawStructure(uid, f"{file.name}:row {row.id}", "arrays", payload, *split_columns(columns))
-
-
-_INFO = re.compile(r'([A-Za-z_][\w.\-/]*)=("[^"]*"|\'[^\']*\'|\{[^}]*\}|\[[^\]]*\]|\S+)')
-
-
-def scan_extxyz(file: SourceFile) -> Iterator[RawStructure]:
-    """Extended XYZ with any number of frames; numbers of the comment line become columns."""
-    with file.binary() as stream:
-        lines = io.TextIOWrapper(stream, encoding="utf-8", errors="replace")
-        frame, first, any_frame = 0, next(lines, ""), False
-        pending: list[RawStructure] = []
-        while first:
-            if not first.strip():
-                first = next(lines, "")
-                continue
-            any_frame = True
-            origin = f"{file.name}:frame {frame}"
-            if not first.strip().isdigit():
-                message = (
-                    f"{origin}: {first.strip()[:40]!r} stands where the number of atoms should: the rest is not read"
-                )
-                pending.append(problem(f"{file.uid}-{frame}", origin, "unparsable", message))
-                first = ""
-            else:
-                size = int(first)
-                body = [line for line in (next(lines, "") for _ in range(size + 1)) if line]
-                pending.append(_extxyz_frame(file, frame, first, body, size))
-                first = next(lines, "")
-            frame += 1
-            if len(pending) > 1:
-                yield pending.pop(0)
-        if not any_frame:
-            yield problem(file.uid, file.name, "empty_file", f"{file.name} is empty")
-        for last in pending:  # the only frame of a file takes the file's name
-            lone = frame == 1 and last.uid == f"{file.uid}-0"
-            yield dataclasses.replace(last, uid=file.uid) if lone else last
-
-
-def _extxyz_frame(file: SourceFile, frame: int, first: str, body: list[str], size: int) -> RawStructure:
-    origin = f"{file.name}:frame {frame}"
-    info = {k: v.strip("\"'") for k, v in _INFO.findall(body[0] if body else "")}
-    uid = _uid_of(info, f"{file.uid}-{frame}")
-    if len(body) < size + 1:
-        return problem(uid, origin, "unparsable", f"{origin} is cut off: {max(len(body) - 1, 0)} of {size} atoms")
-    known = ("lattice", "properties", "pbc", "stress", "virial")
-    numbers, texts = split_columns({k: v for k, v in info.items() if k.lower() not in known})
-    return RawStructure(uid, origin, "extxyz", first + "".join(body), numbers, texts)
-
-
-_DATA_BLOCK = re.compile(r"^[ \t]*data_(\S*)", re.IGNORECASE | re.MULTILINE)
-
-
-def scan_cif(file: SourceFile) -> Iterator[RawStructure]:
-    """A CIF with one block (named by its file) or several (named by their `data_` lines)."""
-    text = file.text()
-    if not text.strip():
-        yield problem(file.uid, file.name, "empty_file", f"{file.name} is empty")
-        return
-    starts = [m.start() for m in _DATA_BLOCK.finditer(text)]
-    blocks = [text[start:stop] for start, stop in itertools.pairwise([*starts, len(text)])]
-    # Blocks such as data_global of journals hold no cell.
-    blocks = [block for block in blocks if "_cell_length_a" in block.lower()]
-    if len(blocks) <= 1:
-        yield RawStructure(file.uid, file.name, "cif", text if not blocks else blocks[0])
-        return
-    for block in blocks:
-        name = _DATA_BLOCK.match(block).group(1)  # type: ignore[union-attr]
-        yield RawStructure(name or file.uid, f"{file.name}:data_{name}", "cif", block)
-
-
-def scan_poscar(file: SourceFile) -> Iterator[RawStructure]:
-    text = file.text()
-    if not text.strip():
-        yield problem(file.uid, file.name, "empty_file", f"{file.name} is empty")
-        return
-    yield RawStructure(file.uid, file.name, "poscar", text)
