@@ -55,9 +55,9 @@ def prepare(
     """The directory `data_dir/dataset/1.0.0` with records, statistics.json and data_report.json.
 
     dataset: a name of `datasets.DATASETS`. properties: "NAME:UNIT[:FUNCTIONAL[:CORRECTION]]". property_table: a
-    CSV whose numbers are joined by id. num_workers: 0 parses in
-    this process, None takes every core where there is text to parse. A finished data set with the same options and
-    source is left as it is. Raises UserError with the field, the value and the remedy.
+    CSV whose numbers are joined by id. num_workers: 0 parses in this process, None takes every core where there is text
+    to parse. A finished data set with the same options and source is left as it is. Raises UserError with the field,
+    the value and the remedy.
     """
     start = time.monotonic()
     files = source_files(dataset, None if source is None else str(source))
@@ -106,8 +106,7 @@ def prepare(
     from data_prep.builders import BUILDERS, SPLITS, build  # imports TFDS, which takes a second
 
     statistics = _statistics(selection, cell, files, about, SPLITS)
-    if directory.exists():
-        shutil.rmtree(directory)
+    _make_way(directory)
     metadata = {"notes": about["notes"], "properties": statistics["properties"], "cell": parsing["cell"]}
     builder = BUILDERS[dataset](
         **{"spool": spool, "split_of": selection.split_of, "properties": sorted(selection.columns)},
@@ -137,6 +136,15 @@ def _is_done(directory: Path, options: dict[str, Any], overwrite: bool) -> bool:
         f"{directory} was made from another source or with other options ({'; '.join(_differences(before, options))}): "
         "add --overwrite to make it again, or choose another --data_dir"
     )
+
+
+def _make_way(directory: Path) -> None:
+    """Takes away the data set that is to be made again, and what killed runs of TFDS left; nothing else."""
+    leftovers = [*directory.parent.glob(f"incomplete.*_{directory.name}"), directory]
+    for path in leftovers:
+        if path == directory and any(path.glob("*")) and not (path / "dataset_info.json").exists():
+            raise UserError(f"{path} is there and is no data set: move it away, or choose another --data_dir")
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _differences(before: Any, now: Any, name: str = "") -> list[str]:
@@ -206,8 +214,14 @@ def _column(text: str) -> tuple[str, Column]:
     return name, Column(*parts)
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        """One line, not the whole usage."""
+        raise UserError(f"{message} (unimat prepare --help tells the flags)")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="unimat prepare",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -259,13 +273,15 @@ def _list(text: str) -> list[str]:
 
 def run(argv: Sequence[str]) -> int:
     """The program, with UserErrors for its caller."""
-    # --data-dir and --data_dir are the same flag; values keep their dashes.
-    normal = []
+    # --data-dir and --data_dir are the same flag; values keep their dashes. argparse writes --no-niggli with a dash.
+    words = []
     for word in argv:
         flag, equals, value = word.partition("=")
-        normal.append(flag.replace("-", "_").replace("__", "--", 1) + equals + value if word.startswith("--") else word)
-    normal = [word.replace("--no_", "--no-", 1) if word.startswith("--no_") else word for word in normal]
-    flags = vars(_parser().parse_args(normal))
+        if flag.startswith("--"):
+            flag = "--" + flag[2:].replace("-", "_")
+            flag = {"--no_niggli": "--no-niggli", "--no_primitive": "--no-primitive"}.get(flag, flag)
+        words.append(flag + equals + value)
+    flags = vars(_parser().parse_args(words))
     try:
         flags["split_fractions"] = [float(f) for f in flags["split_fractions"]]
     except ValueError as error:

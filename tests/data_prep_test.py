@@ -310,10 +310,25 @@ def test_wrong_flags_are_one_line_with_the_remedy(flags, words, tmp_path):
     assert all(word in str(error.value) for word in words), str(error.value)
 
 
-def test_unknown_flag_exits_with_2(capsys):
-    with pytest.raises(SystemExit) as error:
-        main(["--dataset=starter", "--elemnts=Sr"])
-    assert error.value.code == 2 and "--elemnts" in capsys.readouterr().err
+@pytest.mark.parametrize("flag", ["--elemnts=Sr", "--max_atoms=many", "--split_by=colour"])
+def test_unknown_flags_and_values_are_one_line(flag):
+    done = subprocess.run(
+        [sys.executable, "-m", "data_prep.prepare", "--dataset=starter", flag],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert flag.split("=")[0] in done.stderr and "--help" in done.stderr
+
+
+def test_a_directory_that_is_no_data_set_is_left_alone(hundred, tmp_path):
+    _, source, _, options = hundred
+    (tmp_path / "crystals/1.0.0").mkdir(parents=True)
+    (tmp_path / "crystals/1.0.0/thesis.txt").write_text("precious")
+    with pytest.raises(UserError, match="no data set"):
+        prepare("crystals", source, tmp_path, num_workers=0, quiet=True, **options)
+    assert (tmp_path / "crystals/1.0.0/thesis.txt").read_text() == "precious"
 
 
 @pytest.mark.parametrize("name", ["mp_20", "mpts_52"])
