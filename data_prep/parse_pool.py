@@ -66,9 +66,7 @@ def prepare_one(item: Item, cell: CellOptions) -> Outcome:
                 crystal = found
         if cell.niggli:
             found = crystal.niggli(cell.niggli_tolerance)
-            # A cell that is reduced already keeps its axes and origin.
-            given = np.concatenate([crystal.lengths, crystal.angles])
-            if np.abs(np.concatenate([found.lengths, found.angles]) - given).max() > 1e-4:
+            if not _same_cell(crystal.lattice, found.lattice):  # a cell that is reduced already keeps axes and origin
                 changes["niggli_reduced"] = 1
                 crystal = found
         record = encode(crystal)
@@ -78,6 +76,13 @@ def prepare_one(item: Item, cell: CellOptions) -> Outcome:
         message = f"{raw.origin}: {type(error).__name__}: {error}"
         return Outcome(split, raw.uid, raw.origin, "internal_error", message)
     return Outcome(split, raw.uid, raw.origin, "", "", record, raw.properties, raw.texts, tuple(sorted(changes)))
+
+
+def _same_cell(a: np.ndarray, b: np.ndarray) -> bool:
+    """Whether two lattices [3, 3] have the same lengths and angles, in this order, to 1e-5 relative."""
+    metric = a @ a.T
+    scale = np.sqrt(np.outer(np.diag(metric), np.diag(metric)))
+    return bool((np.abs(b @ b.T - metric) < 1e-5 * scale).all())
 
 
 def parse_all(

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
-from crystal_cases import difference, perovskite, quartz, random_crystal, space_group
+from crystal_cases import difference, perovskite, quartz, random_crystal, same_up_to_proper_rotation, space_group
 from shared_data import data_dir, load
 
 from data_prep.parse_pool import CellOptions, parse_all
@@ -377,6 +377,19 @@ def test_primitive_flag(tmp_path):
     made = prepare("crystals", source, tmp_path / "primitive", primitive=True, **options)
     assert _read(made)["Cu"].num_atoms == 1 and _report(made)["changed"]["made_primitive"] == 1
     assert json.loads((made / "statistics.json").read_text())["primitive"] is True
+
+
+def test_a_chiral_supercell_becomes_the_same_primitive_crystal(tmp_path):
+    cell = quartz()
+    frac = np.concatenate([cell.frac_coords, cell.frac_coords + [[0, 0, 1]]]) / [1, 1, 2]
+    double = Crystal.create(
+        [*cell.atomic_numbers, *cell.atomic_numbers], frac, cell.lattice * [[1], [1], [2]], "double"
+    )
+    source = _table(tmp_path / "a.csv", [double])
+    found = _read(
+        prepare("crystals", source, tmp_path, primitive=True, quiet=True, num_workers=0, split_fractions=(1, 0, 0))
+    )["double"]
+    assert found.num_atoms == 9 and same_up_to_proper_rotation(cell, found) and space_group(found, 1e-2) == 152
 
 
 @pytest.mark.parametrize("kind", ["csv", "bare.csv", "json", "lists.json", "txt"])
