@@ -18,6 +18,7 @@ from shared_data import load
 
 from unimat_jax.augmentation import augment, permute_axes, random_rotations, shift, shuffle_slots
 from unimat_jax.crystal import Crystal
+from unimat_jax.periodic_table import COLUMN, ROW
 from unimat_jax.representation import batch_records, crystal_of_record, encode
 
 EVERYTHING = {"shuffle_atoms": True, "random_shift": True, "random_axes": True}
@@ -46,7 +47,7 @@ def changed(batch, name: str, seed: int) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(seed)
     number = len(batch["num_atoms"])
     if name == "shuffle_slots":
-        return shuffle_slots(batch, rng)
+        return shuffle_slots(batch, rng.random(batch["slots"].shape[:2]))
     if name == "shift":
         return shift(batch, rng.random((number, 3)))
     if name.startswith("permutation"):
@@ -123,12 +124,13 @@ def test_shuffling_moves_atoms_only_among_the_slots_of_their_element():
     batch = batch_of(quartz(), perovskite())
     orders = set()
     for seed in range(200):
-        shuffled = shuffle_slots(batch, np.random.default_rng(seed))
+        shuffled = changed(batch, "shuffle_slots", seed)
         for before, after in zip(crystals_of(batch), crystals_of(shuffled), strict=True):
             assert difference(before, after) < 1e-6
-        oxygen = [
-            frac for slot, frac in zip(shuffled["slots"][1], shuffled["frac_coords"][1], strict=True) if slot[2] == 15
-        ]
+        of_slot = {
+            tuple(slot): frac for slot, frac in zip(shuffled["slots"][1], shuffled["frac_coords"][1], strict=True)
+        }
+        oxygen = [of_slot[level, ROW[8], COLUMN[8]] for level in range(3)]
         orders.add(tuple(np.argmin(frac) for frac in oxygen))  # each of the three O of SrTiO3 has its own zero
     assert len(orders) == 6, "not every order of three atoms appears in 200 draws"
 
@@ -169,6 +171,15 @@ def test_augmentation_depends_on_the_generator_only():
     for name in batch:
         np.testing.assert_array_equal(first[name], second[name])
     assert (first["frac_coords"] != other["frac_coords"]).any()
+
+
+def test_parts_of_a_global_batch_are_what_one_process_would_make():
+    crystals_ = [random_crystal(np.random.default_rng(seed), 8) for seed in range(6)]
+    whole = augment(batch_of(*crystals_), np.random.default_rng(4), **EVERYTHING)
+    for part in (slice(0, 2), slice(2, 6)):
+        mine = augment(batch_of(*crystals_[part]), np.random.default_rng(4), draw_for=6, part=part, **EVERYTHING)
+        for name in whole:
+            np.testing.assert_array_equal(mine[name], whole[name][part])
 
 
 def test_origin_shift_moves_every_crystal_alike():

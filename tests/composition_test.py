@@ -95,6 +95,20 @@ def test_verdicts_equal_those_of_smact(numbers, counts, oxidation_states):
     assert (composition_reason(chosen, oxidation_states) == "") == expected
 
 
+@pytest.mark.parametrize("anion", [8, 17])
+def test_all_oxides_and_chlorides_equal_those_of_smact(anion):
+    from pymatgen.core import Composition
+    from smact.screening import smact_validity
+
+    for z in set(range(1, 104)) - {anion}:
+        for number, count in ((1, 1), (2, 1), (1, 2), (2, 3), (1, 3), (2, 5), (1, 4), (1, 5)):
+            for oxidation_states in ("smact14", "icsd24"):
+                named = None if oxidation_states == "icsd24" else oxidation_states
+                chosen = Composition({SYMBOLS[z]: number, SYMBOLS[anion]: count})
+                expected = smact_validity(chosen, oxidation_states_set=named)
+                assert (composition_reason([(z, number), (anion, count)], oxidation_states) == "") == expected, chosen
+
+
 @settings(max_examples=100)
 @given(st.lists(st.tuples(st.integers(1, 118), st.integers(1, 30)), min_size=1, max_size=12, unique_by=lambda x: x[0]))
 def test_any_composition_gets_a_verdict(chosen):

@@ -120,6 +120,16 @@ def test_primitive_undoes_a_supercell(seed, repeats):
     assert same_up_to_proper_rotation(small.primitive(), crystal.primitive(), tolerance=1e-2)
 
 
+def test_primitive_neither_turns_nor_symmetrises():
+    frac = perovskite().frac_coords + 1e-3 * np.random.default_rng(0).normal(size=(5, 3))
+    turned = perovskite().lattice @ np.linalg.qr(np.random.default_rng(1).normal(size=(3, 3)))[0]
+    crystal = Crystal.create(perovskite().atomic_numbers, frac, turned)
+    small = crystal.primitive(tolerance=0.05)
+    offset = (small.frac_coords @ small.lattice) @ np.linalg.inv(crystal.lattice) - crystal.frac_coords
+    np.testing.assert_allclose(offset, np.round(offset), atol=1e-9)
+    assert space_group(crystal, 0.05) == 221 and space_group(small, 1e-4) == 1
+
+
 @pytest.mark.parametrize("repeats", [(2, 1, 1), (1, 1, 2), ((1, 1, 0), (-1, 2, 0), (0, 0, 1))])
 def test_supercell_of_quartz_comes_back_as_p3_121(repeats):
     big = Crystal.from_pymatgen(quartz().to_pymatgen().make_supercell(repeats))
