@@ -109,12 +109,12 @@ def draw(axes: Axes, crystal: Crystal, element: int, bond_factor: float = 1.25) 
 
 def to_one_scale(column: Sequence[Axes]) -> None:
     """Widens the limits so that an Angstrom is as long in every picture of a column."""
-    widths = [(np.ptp(axes.get_xlim()), np.ptp(axes.get_ylim())) for axes in column]
-    half = np.max(widths, axis=0) / 2
+    half_width = max(float(np.ptp(axes.get_xlim())) for axes in column) / 2
+    half_height = max(float(np.ptp(axes.get_ylim())) for axes in column) / 2
     for axes in column:
         x, y = np.mean(axes.get_xlim()), np.mean(axes.get_ylim())
-        axes.set_xlim(float(x - half[0]), float(x + half[0]))
-        axes.set_ylim(float(y - half[1]), float(y + half[1]))
+        axes.set_xlim(float(x - half_width), float(x + half_width))
+        axes.set_ylim(float(y - half_height), float(y + half_height))
 
 
 def draw_grid(
