@@ -74,6 +74,8 @@ def split_columns(row: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, s
                 numbers[name] = float(value)
             except ValueError:
                 texts[name] = value[:200]
+        elif isinstance(value, bool | np.bool_):
+            texts[name] = str(value)
         elif isinstance(value, int | float | np.number) and not math.isnan(value):
             numbers[name] = float(value)
     return numbers, texts
@@ -184,7 +186,13 @@ def scan_json(file: SourceFile) -> Iterator[RawStructure]:
             f"{file.name} holds a {type(content).__name__}: give a list or an object of pymatgen Structures"
         )
     for uid, origin, value in items:
-        yield _json_entry(uid, origin, value, keyed=isinstance(content, dict))
+        structures = value.get("structure") if isinstance(value, dict) else None
+        if isinstance(structures, list):  # columns of equal length under one key
+            for i in range(len(structures)):
+                row = {k: v[i] if isinstance(v, list) and len(v) == len(structures) else v for k, v in value.items()}
+                yield _json_entry(f"{uid}-{i}", f"{origin}:{i}", row, keyed=True)
+        else:
+            yield _json_entry(uid, origin, value, keyed=isinstance(content, dict))
 
 
 def _json_entry(uid: str, origin: str, value: Any, keyed: bool) -> RawStructure:
