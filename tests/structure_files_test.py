@@ -286,7 +286,9 @@ BAD = [
     ("nan.json", _structure(lattice={"matrix": [[float("nan"), 0, 0], [0, 4, 0], [0, 0, 4]]}), "not_finite"),
     ("mixed.json", _with_species([{"element": "Sr", "occu": 0.5}, {"element": "Ba", "occu": 0.5}]), "disordered"),
     ("vacancy.json", _with_species([{"element": "X0+", "occu": 1}]), "bad_element"),
-    ("entry.json", json.dumps([{"entry_id": "mp-1", "energy": -1.0}]), "no_structure"),
+    ("entry.json", json.dumps([{"entry_id": "mp-1", "energy": -1.0}]), "unreadable_file"),
+    ("manifest.jsonl", '{"uid": 1}\n{"uid": 2}\n', "unreadable_file"),
+    ("._resource.cif", "Mac OS X", "not_a_structure_file"),
     ("pointer.cif", "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n", "lfs_pointer"),
 ]
 
@@ -402,6 +404,7 @@ def test_files_of_one_name_in_two_directories_keep_apart(tmp_path):
         ("missing.cif", None, ("missing.cif", "does not exist")),
         ("table.csv", b"id,formula\n1,SrTiO3\n", ("'cif'", "id, formula")),
         ("table.parquet", None, ()),
+        ("entries.json", b'[{"entry_id": "mp-1"}]', ("entries.json", "no pymatgen Structure", "entry_id")),
         ("model.pkl", b"\x80\x04", ("model.pkl", ".extxyz")),
         ("broken.json", b'{"a": [1,', ("broken.json", "cut off")),
         ("broken.zip", b"PK\x03\x04", ("broken.zip", "no valid zip")),
@@ -437,6 +440,23 @@ def test_numeric_columns_become_properties_and_the_rest_texts(tmp_path):
     raw = next(scan(tmp_path / "t.csv"))
     assert raw.properties == {"gap": 1.5} and raw.texts == {"run_type": "GGA", "metal": "True"}
     assert parse(raw)[0].properties == {"gap": 1.5}
+
+
+def test_one_entry_without_a_structure_does_not_end_the_others(tmp_path):
+    entries = [{"entry_id": "mp-1"}, {"entry_id": "mp-2", "structure": json.loads(_structure())}, 7]
+    (tmp_path / "entries.json").write_text(json.dumps(entries))
+    results = list(read_structures(tmp_path / "entries.json"))
+    assert [(r.uid, getattr(r, "reason", "kept")) for r in results] == [
+        ("entries-0", "no_structure"),
+        ("mp-2", "kept"),
+        ("entries-2", "no_structure"),
+    ]
+
+
+def test_atomic_numbers_in_extxyz(tmp_path):
+    text = '2\nLattice="4 0 0 0 4 0 0 0 4" Properties=Z:I:1:pos:R:3 pbc="T T T"\n55 0 0 0\n17 2 2 2\n'
+    (tmp_path / "a.extxyz").write_text(text)
+    assert parse(next(scan(tmp_path / "a.extxyz")))[0].symbols == ["Cs", "Cl"]
 
 
 def test_long_structures_are_read(tmp_path):

@@ -91,6 +91,8 @@ def read_structures(path: str | Path) -> Iterator[Crystal | Failure]:
 
 
 def _reader(name: str) -> Callable[[SourceFile], Iterator[RawStructure]] | None:
+    if PurePosixPath(name).name.startswith("."):  # what systems leave behind, as in __MACOSX/._a.cif
+        return None
     return next((reader for pattern, reader in _READERS if re.search(pattern, name, re.IGNORECASE)), None)
 
 

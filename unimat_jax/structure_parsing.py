@@ -204,6 +204,8 @@ def _parse_extxyz(raw: RawStructure, changes: Changes) -> Crystal:
         if name.lower() in ("species", "symbols"):
             break
         index += int(size)
+    else:
+        index = 0  # atomic numbers, or nothing that ase will take
     for number in range(2, len(lines)):
         fields = lines[number].split()
         if len(fields) <= index:

@@ -185,14 +185,19 @@ def scan_json(file: SourceFile) -> Iterator[RawStructure]:
         raise UserError(
             f"{file.name} holds a {type(content).__name__}: give a list or an object of pymatgen Structures"
         )
+    found = []
     for uid, origin, value in items:
         structures = value.get("structure") if isinstance(value, dict) else None
         if isinstance(structures, list):  # columns of equal length under one key
             for i in range(len(structures)):
                 row = {k: v[i] if isinstance(v, list) and len(v) == len(structures) else v for k, v in value.items()}
-                yield _json_entry(f"{uid}-{i}", f"{origin}:{i}", row, keyed=True)
+                found.append(_json_entry(f"{uid}-{i}", f"{origin}:{i}", row, keyed=True))
         else:
-            yield _json_entry(uid, origin, value, keyed=isinstance(content, dict))
+            found.append(_json_entry(uid, origin, value, keyed=isinstance(content, dict)))
+    if all(raw.format == "problem" for raw in found):
+        reason = found[0].payload[1] if found else f"{file.name} is empty"
+        raise UserError(f"{file.name} holds no pymatgen Structure: {reason}")
+    yield from found
 
 
 def _json_entry(uid: str, origin: str, value: Any, keyed: bool) -> RawStructure:
