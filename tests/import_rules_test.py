@@ -22,6 +22,7 @@ ORDER = [
     "unimat_jax.augmentation",
     "unimat_jax.structure_parsing",
     "unimat_jax.structure_tables",
+    "unimat_jax.structure_texts",
     "unimat_jax.structure_files",
     "unimat_jax.evaluation",
     "unimat_jax.stability",
