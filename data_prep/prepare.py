@@ -199,6 +199,7 @@ def _statistics(
 def _elements(symbols: Sequence[str] | None) -> frozenset[str] | None:
     if not symbols:
         return None
+    symbols = _list(symbols) if isinstance(symbols, str) else symbols
     try:
         for symbol in symbols:
             atomic_number(symbol)

@@ -463,6 +463,17 @@ def test_filters_name_each_crystal(tmp_path):
     report = _report(tmp_path / "crystals/1.0.0")
     ids = {reason: items[0]["id"] for reason, items in report["dropped_structures"].items()}
     assert ids == {"too_many_atoms": "quartz", "element_not_allowed": "Li"} and report["kept"] == 1
+    again = prepare(
+        "crystals",
+        source,
+        tmp_path / "again",
+        elements="Sr-Ti-O-Si",
+        max_atoms=8,
+        quiet=True,
+        num_workers=0,
+        split_fractions=(1, 0, 0),
+    )
+    assert _report(again)["dropped"] == report["dropped"]
 
 
 def _hangs_or_dies(kind: str) -> RawStructure:

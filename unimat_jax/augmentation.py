@@ -16,11 +16,11 @@ _AXIS_ORDERS = np.array([[0, 1, 2], [1, 2, 0], [2, 0, 1], [0, 2, 1], [2, 1, 0], 
 _IS_ODD = np.array([False, False, False, True, True, True])
 
 
-def shuffle_slots(batch: Mapping[str, np.ndarray], rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """Deals the atoms of each element to that element's occupied slots at random."""
+def shuffle_slots(batch: Mapping[str, np.ndarray], keys: np.ndarray) -> dict[str, np.ndarray]:
+    """Deals the atoms of each element to that element's occupied slots in the order of random `keys` [B, A]."""
     level, row, column = np.moveaxis(batch["slots"], -1, 0)
     place = np.where(level < 0, 10_000, row * 100 + column)
-    order = np.lexsort((rng.random(place.shape), place), axis=-1)
+    order = np.lexsort((keys, place), axis=-1)
     place = np.take_along_axis(place, order, -1)
     index = np.broadcast_to(np.arange(place.shape[1]), place.shape)
     starts = np.where(np.diff(place, axis=-1, prepend=-1) != 0, index, 0)
@@ -68,17 +68,22 @@ def augment(
     random_shift: bool,
     origin_shift: float = 0.0,
     random_axes: bool,
+    draw_for: int | None = None,
+    part: slice = slice(None),
 ) -> dict[str, np.ndarray]:
-    """Applies the chosen augmentations; each draws for the whole batch, so the draws do not depend on one another's use."""
-    keys = rng.spawn(3)
-    number = len(batch["num_atoms"])
+    """Applies the chosen augmentations. `origin_shift` moves every origin by the same fraction of each axis.
+
+    Each augmentation draws from its own stream and for a global batch of `draw_for`, of which this batch is `part`: the
+    draws depend neither on which others are used nor on the number of processes.
+    """
+    axes_rng, shift_rng, slot_rng = rng.spawn(3)
+    number = draw_for or len(batch["num_atoms"])
     result = dict(batch)
     if random_axes:
-        result = permute_axes(result, keys[0].integers(0, 6, number))
-    if random_shift:
-        result = shift(result, keys[1].random((number, 3)))
-    elif origin_shift:
-        result = shift(result, np.full(3, origin_shift))
+        result = permute_axes(result, axes_rng.integers(0, 6, number)[part])
+    if random_shift or origin_shift:
+        vectors = shift_rng.random((number, 3))[part] if random_shift else np.zeros((1, 3))
+        result = shift(result, vectors + origin_shift)
     if shuffle_atoms:
-        result = shuffle_slots(result, keys[2])
+        result = shuffle_slots(result, slot_rng.random((number, batch["slots"].shape[1]))[part])
     return result

@@ -1,0 +1,20 @@
+"""Networks. The only folder that imports flax; others ask `create`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from unimat_jax.errors import UserError
+
+
+def create(name: str, **settings: Any) -> Any:
+    """A network by name ("unet3d") with `init` and `apply`. Raises UserError for a name or setting that does not exist."""
+    from unimat_jax.models.unet3d import UNet3D
+
+    networks = {"unet3d": UNet3D}
+    if name not in networks:
+        raise UserError(f"config.model.name = {name!r}: choose from {sorted(networks)}")
+    try:
+        return networks[name](**settings)
+    except TypeError as error:
+        raise UserError(f"config.model: {error}") from error

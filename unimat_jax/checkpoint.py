@@ -1,0 +1,137 @@
+"""Checkpoints: orbax for the arrays, JSON for everything that gives them meaning. Nothing is ever pickled.
+
+A run's directory holds `config.json` (the full config), `model.json` (network, spec, condition schema, data set) and
+`checkpoints/<step>/` with the items `params`, `ema_params`, `optimizer` and `dataset` (the iterator's state).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers
+
+from unimat_jax.errors import UserError
+from unimat_jax.train_state import TrainState
+
+CONFIG, MODEL, FOLDER = "config.json", "model.json", "checkpoints"
+BEST_METRIC = "eval/loss"
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Atomic: a reader never sees half a file."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(value, indent=1) + "\n")
+    partial.replace(path)
+
+
+class Checkpoints:
+    """The checkpoints of one run: saved asynchronously; the last and the best by validation loss are kept."""
+
+    def __init__(self, workdir: Path, keep: int = 1):
+        policies = [
+            checkpoint_managers.LatestN(keep),
+            # Ascending order keeps the largest: reversed, the smallest loss is kept.
+            checkpoint_managers.BestN(
+                get_metric_fn=lambda metrics: metrics[BEST_METRIC],
+                reverse=True,
+                n=1,
+                keep_checkpoints_without_metrics=False,
+            ),
+        ]
+        self._manager = ocp.CheckpointManager(
+            workdir.absolute() / FOLDER,
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
+                cleanup_tmp_directories=True,
+            ),
+        )
+
+    @property
+    def latest_step(self) -> int | None:
+        return self._manager.latest_step()
+
+    def save(self, state: TrainState, dataset_state: dict[str, Any], metrics: dict[str, float] | None) -> None:
+        step = int(state.step)
+        if step in self._manager.all_steps():
+            return
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardSave(state.params),
+                ema_params=ocp.args.StandardSave(state.ema_params),
+                optimizer=ocp.args.StandardSave({"opt_state": state.opt_state}),
+                dataset=ocp.args.JsonSave(dataset_state),
+            ),
+            metrics={BEST_METRIC: metrics[BEST_METRIC]} if metrics and BEST_METRIC in metrics else None,
+        )
+
+    def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        """The latest state, in the shapes and shardings of `like` (arrays or jax.ShapeDtypeStruct), and the iterator's."""
+        step = self._manager.latest_step()
+        restored = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardRestore(like.params),
+                ema_params=ocp.args.StandardRestore(like.ema_params),
+                optimizer=ocp.args.StandardRestore({"opt_state": like.opt_state}),
+                dataset=ocp.args.JsonRestore(),
+            ),
+        )
+        step_array = jax.device_put(jax.numpy.asarray(step, like.step.dtype), like.step.sharding)
+        opt_state = restored["optimizer"]["opt_state"]
+        return TrainState(step_array, restored["params"], restored["ema_params"], opt_state), dict(restored["dataset"])
+
+    def wait(self) -> None:
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        self._manager.close()
+
+
+def read_run(directory: str | Path) -> tuple[Path, dict[str, Any], dict[str, Any]]:
+    """(run directory, config, model description) of a run, given it or its `checkpoints` folder. Raises UserError."""
+    path = Path(directory)
+    if not path.is_dir():
+        raise UserError(f"--checkpoint={directory}: no such directory; give the --workdir of a training run")
+    root = path if (path / MODEL).exists() else path.parent
+    if not (root / MODEL).exists() or not (root / FOLDER).is_dir():
+        raise UserError(
+            f"--checkpoint={directory}: no checkpoint there ({MODEL} and {FOLDER}/ are missing); "
+            "give the --workdir of a training run"
+        )
+    return root, json.loads((root / CONFIG).read_text()), json.loads((root / MODEL).read_text())
+
+
+def available_steps(root: Path) -> list[int]:
+    """Steps with a finished checkpoint, ascending. Raises UserError when there is none."""
+    steps = sorted(int(p.name) for p in (root / FOLDER).iterdir() if p.name.isdigit())
+    if not steps:
+        raise UserError(f"--checkpoint={root}: the run has saved no checkpoint yet; train longer or lower checkpoint_every")
+    return steps
+
+
+def load_params(root: Path, like: Any, *, step: int | None = None, ema: bool = True) -> tuple[Any, int, str]:
+    """(parameters, their step, a hash of them) of a run; the latest step unless `step` is given."""
+    steps = available_steps(root)
+    if step is not None and step not in steps:
+        raise UserError(f"--step={step}: the run has checkpoints at steps {steps}")
+    step = steps[-1] if step is None else step
+    item = "ema_params" if ema else "params"
+    with ocp.StandardCheckpointer() as checkpointer:
+        params = checkpointer.restore((root / FOLDER / str(step) / item).absolute(), like)
+    return params, step, hash_of(params)
+
+
+def hash_of(params: Any) -> str:
+    """SHA-256 over names, shapes and values of all parameters, the first 16 hexadecimal digits."""
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        array = jax.device_get(leaf)
+        digest.update(f"{jax.tree_util.keystr(path)}{array.shape}{array.dtype}".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()[:16]

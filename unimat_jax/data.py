@@ -1,0 +1,233 @@
+"""Sharded UniMat records -> batches for the device: read, shuffled, augmented and padded on the host, through Grain.
+
+The order of examples depends on (seed, epoch) alone, and a batch's augmentation on (seed, batch number) alone: the
+position of the whole job is one number, the same for any number of processes, and process p reads its contiguous part
+of each global batch.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from unimat_jax.augmentation import augment, random_rotations
+from unimat_jax.errors import UserError
+from unimat_jax.periodic_table import ATOMIC_NUMBERS, SYMBOLS, Table, atomic_number
+from unimat_jax.representation import LATTICE_FORMS, UniMatSpec, batch_records, model_inputs
+
+_PREFIX = "properties/"
+
+
+def dataset_directory(dataset: str, data_dir: str | Path) -> Path:
+    """Where `data_prep.prepare` put a data set. Raises UserError when it is not there, or not finished."""
+    versions = sorted(Path(data_dir, dataset).glob("*/statistics.json"))
+    if not versions:
+        raise UserError(
+            f"no data set {dataset!r} in data_dir {str(data_dir)!r}: make it with "
+            f"'unimat prepare --dataset={dataset} --data_dir={data_dir}' (see 'unimat prepare --help')"
+        )
+    return versions[-1].parent
+
+
+def read_statistics(directory: Path) -> dict[str, Any]:
+    """The training split's statistics, written by `data_prep.prepare`."""
+    return json.loads((directory / "statistics.json").read_text())
+
+
+class RecordSource:
+    """Random access to the records of one split; `read` takes many indices at once and parses them without TFDS's
+    one-by-one decoder, which is several times slower."""
+
+    def __init__(self, directory: Path, split: str):
+        import tensorflow_datasets as tfds
+        from array_record.python.array_record_data_source import ArrayRecordDataSource
+
+        info = tfds.builder_from_directory(str(directory)).info
+        if split not in info.splits:
+            raise UserError(f"{directory} has no split {split!r}, only {sorted(info.splits)}")
+        self.num_examples = int(info.splits[split].num_examples)
+        self._source = ArrayRecordDataSource([str(path) for path in info.splits[split].filepaths])
+
+    def __len__(self) -> int:
+        return self.num_examples
+
+    def read(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """Records (see `representation.encode`) with `material_id` and `properties`, a dict of floats, NaN if missing."""
+        return [_parse(message) for message in self._source.__getitems__([int(i) for i in indices])]
+
+
+def _parse(message: bytes) -> dict[str, Any]:
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    feature = tf_example_pb2.Example.FromString(message).features.feature
+    return {
+        "material_id": feature["material_id"].bytes_list.value[0].decode(),
+        "slots": np.array(feature["slots"].int64_list.value, np.uint8).reshape(-1, 3),
+        "frac_coords": np.array(feature["frac_coords"].float_list.value, np.float32).reshape(-1, 3),
+        "lattice": np.array(feature["lattice"].float_list.value, np.float32),
+        "properties": {
+            name.removeprefix(_PREFIX): feature[name].float_list.value[0] for name in feature if name.startswith(_PREFIX)
+        },
+    }
+
+
+def make_spec(
+    statistics: Mapping[str, Any],
+    *,
+    max_atoms_per_element: int | None = None,
+    table: str = "full",
+    coordinates: str = "fractional",
+    lattice_form: str = "parameters",
+) -> UniMatSpec:
+    """The spec for a data set: L from its largest count unless given, the lattice standardised by its statistics.
+
+    table: "full" (9 x 18), "data" (the rows and columns in which the training set has elements), or symbols "C" or
+    "Li,O". Raises UserError for values that do not exist.
+    """
+    if table == "full":
+        kept = Table()
+    else:
+        symbols = statistics["elements"] if table == "data" else [s.strip() for s in table.split(",")]
+        try:
+            kept = Table.of_elements([atomic_number(symbol) for symbol in symbols])
+        except ValueError as error:
+            raise UserError(f"config.data.table = {table!r}: {error}; or write 'full' or 'data'") from error
+    if lattice_form not in LATTICE_FORMS:
+        raise UserError(f"config.data.lattice_form = {lattice_form!r}: choose from {sorted(LATTICE_FORMS)}")
+    moments = statistics["lattice"][lattice_form]
+    try:
+        return UniMatSpec(
+            max_atoms_per_element=max_atoms_per_element or statistics["max_atoms_per_element"],
+            max_atoms=statistics["max_atoms"],
+            table=kept,
+            coordinates=coordinates,
+            lattice_form=lattice_form,
+            lattice_mean=tuple(moments["mean"]),
+            lattice_std=tuple(moments["std"]),
+            coordinate_radius=statistics["coordinate_radius"] if coordinates == "cartesian" else 1.0,
+        )
+    except ValueError as error:
+        raise UserError(f"config.data: {error}") from error
+
+
+def condition_schema(statistics: Mapping[str, Any], names: Sequence[str]) -> list[dict[str, Any]]:
+    """Name, unit, range and standardisation of each property that the model is conditioned on. Raises UserError for a
+    property that the data set does not have, or that never varies."""
+    schema = []
+    for name in names:
+        known = statistics["properties"]
+        if name not in known or not known[name].get("count"):
+            raise UserError(f"config.data.properties has {name!r}; the data set's properties are {sorted(known)}")
+        schema.append({"name": name, **known[name], "std": max(known[name]["std"], 1e-6)})
+    return schema
+
+
+@functools.lru_cache(maxsize=4)
+def _epoch_order(number: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(number)
+
+
+class BatchMaker:
+    """batch number -> this process's part of that global batch, as numpy arrays ready for the device.
+
+    Batches hold `slot`, `coords`, `lattice`, `num_atoms` (see `representation.model_inputs`), `properties` [B, P]
+    (standardised, NaN where missing) and `index` [B], the example's number in its split.
+    """
+
+    def __init__(
+        self,
+        source: RecordSource,
+        spec: UniMatSpec,
+        schema: Sequence[Mapping[str, Any]] = (),
+        *,
+        batch_size: int,
+        seed: int,
+        augmentation: Mapping[str, Any],
+        process_index: int = 0,
+        process_count: int = 1,
+    ):
+        if batch_size % process_count:
+            raise UserError(f"train.batch_size = {batch_size} does not divide by {process_count} processes")
+        self._source, self._spec, self._schema = source, spec, list(schema)
+        self._batch_size, self._seed, self._augmentation = batch_size, seed, dict(augmentation)
+        share = batch_size // process_count
+        self._part = slice(process_index * share, (process_index + 1) * share)
+
+    def indices(self, number: int) -> np.ndarray:
+        """Examples of global batch `number`; an epoch's end may fall inside a batch."""
+        positions = number * self._batch_size + np.arange(self._batch_size)
+        epochs, offsets = np.divmod(positions, len(self._source))
+        return np.concatenate(
+            [_epoch_order(len(self._source), self._seed, int(e))[offsets[epochs == e]] for e in np.unique(epochs)]
+        )
+
+    def __call__(self, number: int) -> dict[str, np.ndarray]:
+        return self.batch_of(self.indices(number)[self._part], np.random.default_rng([self._seed, 1, number]))
+
+    def batch_of(self, indices: np.ndarray, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        """The batch of the given examples. `rng` draws for the whole global batch; each process keeps its part."""
+        records = self._source.read(indices)
+        batch = augment(
+            batch_records(records, self._spec.max_atoms),
+            rng,
+            draw_for=self._batch_size,
+            part=self._part,
+            **self._augmentation,
+        )
+        rotations = None
+        if self._spec.coordinates == "cartesian":
+            rotations = random_rotations(rng, self._batch_size)[self._part]
+        inputs = model_inputs(batch, self._spec, rotations)
+        values = [
+            [(record["properties"][p["name"]] - p["mean"]) / p["std"] for p in self._schema] for record in records
+        ]
+        inputs["properties"] = np.array(values, np.float32).reshape(len(records), len(self._schema))
+        inputs["index"] = indices.astype(np.int32)
+        return inputs
+
+
+def training_iterator(batch_maker: BatchMaker, *, num_threads: int = 2, prefetch: int = 8) -> Any:
+    """Endless checkpointable Grain iterator over global batches, made ahead by background threads.
+
+    `get_state()` holds one number, the next batch; `set_state` moves to it.
+    """
+    import grain
+
+    dataset = grain.MapDataset.range(2**48).map(batch_maker)
+    return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch)))
+
+
+def evaluation_batches(
+    batch_maker: BatchMaker, source: RecordSource, spec: UniMatSpec, *, num_examples: int, batch_size: int
+) -> tuple[list[dict[str, np.ndarray]], int]:
+    """Fixed batches of at most `num_examples` examples of a split, the last one padded, and how many were left out since
+    the model's table or L cannot hold them. `weight` [B] is 0 where padded."""
+    indices = np.arange(len(source)) if len(source) <= num_examples else np.sort(_epoch_order(len(source), 0, 0)[:num_examples])
+    records = source.read(indices)
+    kept = np.array([_fits(record, spec) for record in records], bool)
+    indices, left_out = indices[kept], int((~kept).sum())
+    batches = []
+    for start in range(0, len(indices), batch_size):
+        part = indices[start : start + batch_size]
+        padded = np.resize(part, batch_size)
+        batch = batch_maker.batch_of(padded, np.random.default_rng([2, start]))
+        batch["weight"] = (np.arange(batch_size) < len(part)).astype(np.float32)
+        batches.append(batch)
+    return batches, left_out
+
+
+def _fits(record: Mapping[str, np.ndarray], spec: UniMatSpec) -> bool:
+    slots = record["slots"]
+    inside = spec.table.place_of[ATOMIC_NUMBERS[slots[:, 1], slots[:, 2]]] >= 0
+    return bool(inside.all() and len(slots) <= spec.max_atoms and slots[:, 0].max() < spec.max_atoms_per_element)
+
+
+def element_symbols(spec: UniMatSpec) -> list[str]:
+    """Symbols of the elements that the spec's table can hold."""
+    return [SYMBOLS[z] for z in spec.table.atomic_numbers.ravel() if z]
+

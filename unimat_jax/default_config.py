@@ -1,0 +1,83 @@
+"""Every config field once, with its unit and meaning. Files in configs/ start from here and set what differs.
+
+Values marked (paper) are those of the paper's appendix 6; the others are ours (README, "Deviations from the paper").
+"""
+
+from __future__ import annotations
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+
+    config.data = ConfigDict()
+    config.data.dataset = "crystals"  # a name that `unimat prepare --dataset` takes
+    config.data.data_dir = "data"  # where `unimat prepare --data_dir` put it
+    config.data.table = "full"  # "full" (9 x 18, paper), "data" (rows and columns with elements), or symbols "C", "Li,O"
+    config.data.max_atoms_per_element = 0  # L; 0 takes the training set's largest count
+    config.data.coordinates = "fractional"  # or "cartesian"
+    config.data.lattice_form = "parameters"  # "log_metric"; "matrix" goes with Cartesian coordinates
+    config.data.properties = ()  # columns to condition on, as ("band_gap",)
+    config.data.shuffle_atoms = True  # augmentation: order of the atoms of an element (paper)
+    config.data.random_shift = True  # augmentation: origin, uniform in the cell
+    config.data.origin_shift = 0.0  # fraction of each axis added to all coordinates: keeps sites off the wrap-around
+    config.data.random_axes = False  # augmentation: order of the axes; breaks a <= b <= c of a Niggli cell
+    config.data.num_threads = 2  # that read and augment
+    config.data.prefetch = 8  # batches made ahead
+    config.data.prepare = ConfigDict()  # options of data_prep.prepare.prepare for the quickstart, as max_atoms
+
+    config.model = ConfigDict()
+    config.model.name = "unet3d"
+    config.model.base_channels = 256  # (paper)
+    config.model.channel_multipliers = (1, 2, 4)  # (paper)
+    config.model.num_res_blocks = 3  # per level (paper)
+    config.model.attention_resolutions = (1, 3, 9)  # down-sampling factors of H x W with attention (paper)
+    config.model.head_dim = 64  # (paper)
+    config.model.dropout_rate = 0.1  # (paper)
+    config.model.place_embedding = True  # a learned vector for each place of the table
+    config.model.convolution = "axial"  # 1 x 3 x 3 plus 3 x 1 x 1; "full": 3 x 3 x 3
+    config.model.attention = "factorised"  # H W, then L; "full": all sites at once
+    config.model.coordinate_frequencies = 0  # K > 0: sin and cos of K periods of the coordinates as input channels
+
+    config.diffusion = ConfigDict()
+    config.diffusion.prediction_type = "eps"  # (paper); "x0", "v"
+    config.diffusion.logsnr_min = -20.0  # (paper)
+    config.diffusion.logsnr_max = 20.0  # (paper)
+    config.diffusion.null_weight = 1.0  # loss weight of a null site against an occupied one; 1 is the paper's plain mean
+    config.diffusion.lattice_weight = 1.0  # loss weight of the six lattice numbers' mean against the sites' mean
+    config.diffusion.counts_share = 0.5  # share of training examples conditioned on exact counts
+    config.diffusion.elements_share = 0.25  # ... on their elements only; the rest on nothing
+    config.diffusion.property_drop_rate = 0.2  # each property is dropped at this rate
+
+    config.optimizer = ConfigDict()
+    config.optimizer.learning_rate = 1e-4  # (paper)
+    config.optimizer.schedule = "constant"  # "cosine", "linear"
+    config.optimizer.warmup_steps = 1000
+    config.optimizer.final_factor = 0.02  # of the learning rate, where the schedule ends
+    config.optimizer.b1 = 0.9  # (paper)
+    config.optimizer.b2 = 0.99  # (paper)
+    config.optimizer.weight_decay = 0.0  # (paper)
+    config.optimizer.grad_clip = 1.0  # global norm; 0 is off
+    config.optimizer.ema_decay = 0.9999  # (paper), warmed up
+
+    config.train = ConfigDict()
+    config.train.num_steps = 200_000  # (paper)
+    config.train.batch_size = 512  # global (paper)
+    config.train.seed = 0
+    config.train.fsdp = 1  # devices that share one copy of the parameters
+    config.train.log_every = 50
+    config.train.checkpoint_every = 1000
+    config.train.eval_every = 1000  # validation loss
+    config.train.eval_examples = 512
+    config.train.sample_every = 0  # sampled validity check; 0 is off
+    config.train.sample_examples = 32
+    config.train.keep_checkpoints = 1  # latest ones kept, besides the best
+
+    config.sample = ConfigDict()
+    config.sample.method = "ancestral"  # (paper); "ddim"
+    config.sample.num_steps = 256  # (paper)
+    config.sample.log_variance_interpolation = 0.1  # (paper)
+    config.sample.guidance_weight = 0.0  # the paper's w, on properties
+    config.sample.batch_size = 64
+    return config

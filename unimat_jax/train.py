@@ -1,0 +1,325 @@
+"""The training loop: data, state, jitted steps, checkpoints, evaluators, one line of progress."""
+
+from __future__ import annotations
+
+import functools
+import json
+import signal
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from unimat_jax import data, models, sampler, sharding
+from unimat_jax.checkpoint import CONFIG, FOLDER, MODEL, Checkpoints, write_json
+from unimat_jax.conditioning import free_sites, make_condition
+from unimat_jax.densify import occupancy
+from unimat_jax.diffusion import PREDICTION_TYPES
+from unimat_jax.errors import UserError
+from unimat_jax.evaluation.validity import check
+from unimat_jax.metric_writer import MetricWriter, Progress
+from unimat_jax.representation import DecodeFailure, UniMatSpec, decode
+from unimat_jax.train_state import create_state, make_optimizer, make_schedule
+from unimat_jax.train_step import Objective, eval_metrics, eval_step, train_step
+
+# A run may go on with other values of these; every other field of the config must stay what it was.
+FREE_ON_RESUME = ("train.num_steps", "train.log_every", "train.checkpoint_every", "train.eval_every",
+                  "train.eval_examples", "train.sample_every", "train.sample_examples", "train.keep_checkpoints",
+                  "train.fsdp", "data.data_dir", "data.num_threads", "data.prefetch", "data.prepare", "sample",
+                  "optimizer.learning_rate", "optimizer.schedule", "optimizer.final_factor")  # fmt: skip
+MODEL_FORMAT = 1
+
+
+class StopRequest:
+    """Turns SIGTERM and SIGINT into a flag, so that a run saves before it stops. A second SIGINT stops at once."""
+
+    def __enter__(self) -> StopRequest:
+        self.received: str | None = None
+        self._previous = {s: signal.signal(s, self._handle) for s in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def _handle(self, number: int, frame: Any) -> None:
+        if self.received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number).name
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+
+def init_arguments(spec: UniMatSpec, num_properties: int) -> tuple[Any, ...]:
+    """Arguments of the network (batch of 1) to initialise it or to trace its shapes."""
+    lhw, zeros = spec.grid, functools.partial(jnp.zeros, dtype=jnp.float32)
+    properties = zeros((1, num_properties))
+    cond = make_condition(zeros((1, *lhw)), zeros(1), zeros((1, *lhw[1:])), zeros(1), properties, properties)
+    return zeros((1, *lhw, 3)), zeros((1, spec.lattice_size)), zeros(1), cond
+
+
+def train(config: Any, workdir: str | Path) -> dict[str, float]:
+    """Trains to config.train.num_steps, from the latest checkpoint in `workdir` if there is one; the last metrics."""
+    workdir = Path(workdir)
+    mesh = sharding.make_mesh(config.train.fsdp)
+    sharding.check_batch_size(config.train.batch_size, mesh, "config.train.batch_size")
+    _check(config)
+    first = jax.process_index() == 0
+
+    # Data.
+    directory = data.dataset_directory(config.data.dataset, config.data.data_dir)
+    statistics = data.read_statistics(directory)
+    spec = data.make_spec(
+        statistics,
+        max_atoms_per_element=config.data.max_atoms_per_element or None,
+        table=config.data.table,
+        coordinates=config.data.coordinates,
+        lattice_form=config.data.lattice_form,
+    )
+    schema = data.condition_schema(statistics, config.data.properties)
+    source = data.RecordSource(directory, "train")
+    fixed = {"random_shift": False, "random_axes": False}
+    augmentation = {name: config.data[name] for name in ("shuffle_atoms", "random_shift", "origin_shift", "random_axes")}
+    batches = data.BatchMaker(
+        source, spec, schema, batch_size=config.train.batch_size, seed=config.train.seed, augmentation=augmentation,
+        process_index=jax.process_index(), process_count=jax.process_count(),
+    )  # fmt: skip
+    eval_source = data.RecordSource(directory, "validation" if "validation" in statistics["num_examples"] else "train")
+    eval_maker = data.BatchMaker(
+        eval_source, spec, schema, batch_size=config.train.batch_size, seed=0, augmentation={**augmentation, **fixed}
+    )
+    eval_batches, left_out = data.evaluation_batches(
+        eval_maker, eval_source, spec, num_examples=config.train.eval_examples, batch_size=config.train.batch_size
+    )
+
+    # Model, state and steps.
+    network = models.create(config.model.name, **{k: v for k, v in config.model.items() if k != "name"})
+    arguments = init_arguments(spec, len(schema))
+    schedule = make_schedule(num_steps=config.train.num_steps, **_pick(
+        config.optimizer, "learning_rate", "schedule", "warmup_steps", "final_factor"))  # fmt: skip
+    optimizer = make_optimizer(schedule, **_pick(config.optimizer, "b1", "b2", "weight_decay", "grad_clip"))
+    root_key = jax.random.key(config.train.seed)
+    init_key, step_key, eval_key = (jax.random.fold_in(root_key, i) for i in range(3))
+
+    def init():
+        return create_state(lambda: network.init(init_key, *arguments)["params"], optimizer)
+
+    shapes = jax.eval_shape(init)
+    shardings = sharding.fsdp_sharding(mesh, shapes)
+    by_batch, everywhere = sharding.batch_sharding(mesh), sharding.replicated(mesh)
+    objective = Objective(apply=network.apply, spec=spec, **config.diffusion)
+    jit_train_step = jax.jit(
+        functools.partial(train_step, objective=objective, optimizer=optimizer, ema_decay=config.optimizer.ema_decay),
+        in_shardings=(shardings, by_batch, everywhere),
+        out_shardings=(shardings, everywhere),
+        donate_argnums=0,
+    )
+    jit_eval_step = jax.jit(
+        functools.partial(eval_step, objective=objective),
+        in_shardings=(shardings.ema_params, by_batch, everywhere),
+        out_shardings=everywhere,
+    )
+
+    workdir.mkdir(parents=True, exist_ok=True)
+    _check_same_run(workdir, config)
+    description = {
+        "format": MODEL_FORMAT,
+        "model": _plain(config.model),
+        "diffusion": _plain(config.diffusion),
+        "spec": spec.to_json(),
+        "condition_schema": schema,
+        "dataset": {
+            "name": config.data.dataset,
+            **{k: statistics.get(k) for k in ("num_examples", "elements", "notes", "source")},
+        },
+        "num_params": sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(shapes.params)),
+    }
+    checkpoints = Checkpoints(workdir, config.train.keep_checkpoints)
+    iterator = data.training_iterator(batches, num_threads=config.data.num_threads, prefetch=config.data.prefetch)
+    if checkpoints.latest_step is None:
+        state = jax.jit(init, out_shardings=shardings)()
+    else:
+        like = jax.tree.map(lambda s, d: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=d), shapes, shardings)
+        state, position = checkpoints.restore(like)
+        iterator.set_state(position)
+    start_step = int(state.step)
+    if first:
+        write_json(workdir / CONFIG, _plain(config))
+        write_json(workdir / MODEL, description)
+        _announce(description, len(source), mesh, start_step, config, left_out, len(eval_source))
+    if start_step >= config.train.num_steps:
+        print(f"{workdir} is done: step {start_step} of {config.train.num_steps}", file=sys.stderr)
+        checkpoints.close()
+        return _last_metrics(workdir)
+
+    writer = MetricWriter(workdir, first)
+    progress = Progress(config.train.num_steps, config.train.batch_size, start_step, first)
+
+    def evaluate(step: int) -> dict[str, float]:
+        sums = sum(
+            np.asarray(jit_eval_step(state.ema_params, sharding.to_devices(b, by_batch), eval_key)) for b in eval_batches
+        )
+        result = eval_metrics(sums, config.diffusion.lattice_weight)
+        if config.train.sample_every and (step % config.train.sample_every == 0 or step == config.train.num_steps):
+            result |= sample_check(network, state.ema_params, eval_batches[0], objective, config)
+        writer.write(step, result)
+        if first:
+            shown = [f"{k} {v:.4f}" for k, v in result.items() if "_t0" not in k]
+            print(f"step {step}  " + "  ".join(shown), file=sys.stderr, flush=True)
+        return result
+
+    metrics: dict[str, float] = evaluate(start_step) if start_step == 0 else {}
+    pending: tuple[int, Mapping[str, jax.Array]] | None = None
+    with StopRequest() as stop:
+        progress.restart_clock()
+        for step in range(start_step, config.train.num_steps):
+            begin = time.monotonic()
+            batch = sharding.to_devices(next(iterator), by_batch)
+            progress.waited(time.monotonic() - begin)
+            state, step_metrics = jit_train_step(state, batch, step_key)
+            # The previous step's numbers are read only after the next step is under way: the device never idles.
+            if pending is not None:
+                metrics |= _log(pending, progress, writer, schedule, workdir)
+                pending = None
+            done = step + 1
+            if done % config.train.log_every == 0 or done == config.train.num_steps:
+                pending = (done, step_metrics)
+            last = done == config.train.num_steps or stop.received is not None
+            evaluated = None
+            if done % config.train.eval_every == 0 or done == config.train.num_steps:
+                evaluated = evaluate(done)
+                metrics |= evaluated
+            if done % config.train.checkpoint_every == 0 or last:
+                if pending is not None:  # never keep a state whose loss is not finite
+                    metrics |= _log(pending, progress, writer, schedule, workdir)
+                    pending = None
+                _check_finite(done, step_metrics, workdir)
+                checkpoints.save(state, iterator.get_state(), evaluated)
+            if last:
+                break
+    checkpoints.wait()
+    checkpoints.close()
+    writer.close()
+    if first:
+        if stop.received:
+            print(f"{stop.received}: saved step {done}; the same command goes on from there", file=sys.stderr)
+        print(f"checkpoint: {workdir / FOLDER / str(done)}")
+    return metrics
+
+
+def _log(
+    pending: tuple[int, Mapping[str, jax.Array]], progress: Progress, writer: MetricWriter, schedule: Any, workdir: Path
+) -> dict[str, float]:
+    step, arrays = pending
+    _check_finite(step, arrays, workdir)
+    values = {name: float(value) for name, value in arrays.items()}
+    rates = progress.report(step, values)
+    writer.write(step, {**values, **rates, "learning_rate": float(schedule(step))})
+    return values
+
+
+def _check_finite(step: int, metrics: Mapping[str, jax.Array], workdir: Path) -> None:
+    loss = float(metrics["train/loss"])
+    if not np.isfinite(loss):
+        raise UserError(
+            f"the loss is {loss} at step {step}: lower config.optimizer.learning_rate; the last good checkpoint is in "
+            f"{workdir / FOLDER}"
+        )
+
+
+def sample_check(
+    network: Any, params: Any, batch: Mapping[str, np.ndarray], objective: Objective, config: Any
+) -> dict[str, float]:
+    """Samples crystals of the compositions of a validation batch and reports the shares that decode and that are valid."""
+    spec, number = objective.spec, min(config.train.sample_examples, len(batch["slot"]))
+    part = {name: jnp.asarray(value[:number]) for name, value in batch.items()}
+    counts = occupancy(part, spec).astype(jnp.float32)
+    given, none = jnp.ones(number), jnp.zeros(number)
+    cond = make_condition(counts, given, counts.max(1), none, part["properties"], jnp.zeros_like(part["properties"]))
+    run = functools.partial(
+        sampler.sample, lambda *a: network.apply({"params": params}, *a), shape=(number, *spec.grid, 3),
+        lattice_size=spec.lattice_size, cond=cond, free=free_sites(cond, spec), indices=jnp.arange(number),
+        prediction_type=objective.prediction_type, logsnr_min=objective.logsnr_min, logsnr_max=objective.logsnr_max,
+        **_pick(config.sample, "num_steps", "method", "log_variance_interpolation"),
+    )  # fmt: skip
+    x, lattice = (np.asarray(a) for a in jax.jit(lambda key: run(key=key))(jax.random.key(0)))
+    asked = np.asarray(counts.sum(1)).astype(int)
+    decoded = [decode(x[i], lattice[i], spec, counts=asked[i]) for i in range(number)]
+    crystals = [c for c in decoded if not isinstance(c, DecodeFailure)]
+    valid = sum(check(c).struct_valid for c in crystals)
+    return {
+        "sample/decoded": len(crystals) / number,
+        "sample/struct_valid": valid / number,
+        "sample/min_distance": float(np.median([c.min_distance for c in crystals])) if crystals else 0.0,
+    }
+
+
+def _check(config: Any) -> None:
+    if config.diffusion.prediction_type not in PREDICTION_TYPES:
+        raise UserError(
+            f"config.diffusion.prediction_type = {config.diffusion.prediction_type!r}: choose from {PREDICTION_TYPES}"
+        )
+    for section, name in (("train", "num_steps"), ("train", "batch_size"), ("train", "log_every"),
+                          ("train", "checkpoint_every"), ("train", "eval_every"), ("sample", "num_steps")):  # fmt: skip
+        if config[section][name] < 1:
+            raise UserError(f"config.{section}.{name} = {config[section][name]}: give a whole number above 0")
+    shares = (config.diffusion.counts_share, config.diffusion.elements_share)
+    if min(shares) < 0 or sum(shares) > 1:
+        raise UserError(f"config.diffusion.counts_share and elements_share = {shares}: give shares that add up to at most 1")
+
+
+def _check_same_run(workdir: Path, config: Any) -> None:
+    if not (workdir / CONFIG).exists() or not (workdir / FOLDER).exists():
+        return
+    before, now = _flat(json.loads((workdir / CONFIG).read_text())), _flat(_plain(config))
+    changed = [
+        name
+        for name in sorted(before.keys() | now.keys())
+        if before.get(name) != now.get(name) and not name.startswith(FREE_ON_RESUME)
+    ]
+    if changed:
+        shown = ", ".join(f"{name} ({before.get(name)} there, {now.get(name)} now)" for name in changed)
+        raise UserError(f"{workdir} holds a run with another config: {shown}; choose another --workdir, or the same values")
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    result = {}
+    for name, value in tree.items():
+        result |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+    return result
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    """The config as JSON will give it back: tuples as lists."""
+    return json.loads(json.dumps(config.to_dict()))
+
+
+def _pick(section: Any, *names: str) -> dict[str, Any]:
+    return {name: section[name] for name in names}
+
+
+def _last_metrics(workdir: Path) -> dict[str, float]:
+    merged: dict[str, float] = {}
+    for line in (workdir / "metrics.jsonl").read_text().splitlines():
+        merged |= json.loads(line)
+    return merged
+
+
+def _announce(
+    description: Mapping[str, Any], number: int, mesh: Any, start: int, config: Any, left_out: int, eval_number: int
+) -> None:
+    devices: Sequence[Any] = mesh.devices.ravel()
+    grid = UniMatSpec.from_json(description["spec"]).grid
+    lines = [
+        f"devices: {len(devices)} x {devices[0].device_kind}, mesh {dict(mesh.shape)}, jax {jax.__version__}",
+        f"data: {description['dataset']['name']}, {number:,} training crystals, tensor L x H x W = {grid}",
+        f"model: {config.model.name}, {description['num_params']:,} parameters; optax {optax.__version__}",
+        f"steps: {start} of {config.train.num_steps} done, batch {config.train.batch_size}; compiling ...",
+    ]
+    if left_out:
+        lines.append(f"validation: {left_out} of {eval_number} crystals do not fit the model's table or L and are left out")
+    print("\n".join(lines), file=sys.stderr, flush=True)

@@ -1,0 +1,69 @@
+"""Training state: parameters, their moving average, optimizer state and step; and the optimizer from its settings."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from unimat_jax.errors import UserError
+
+SCHEDULES = ("constant", "cosine", "linear")
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["step", "params", "ema_params", "opt_state"], meta_fields=[]
+)
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """`step` counts finished updates."""
+
+    step: jax.Array
+    params: Any
+    ema_params: Any
+    opt_state: Any
+
+
+def make_schedule(
+    *, learning_rate: float, schedule: str, warmup_steps: int, num_steps: int, final_factor: float
+) -> optax.Schedule:
+    """Linear warm-up, then constant (the paper), or a cosine or line down to `final_factor` of the learning rate."""
+    if schedule not in SCHEDULES:
+        raise UserError(f"config.optimizer.schedule = {schedule!r}: choose from {SCHEDULES}")
+    rest = max(num_steps - warmup_steps, 1)
+    after = {
+        "constant": lambda: optax.constant_schedule(learning_rate),
+        "cosine": lambda: optax.cosine_decay_schedule(learning_rate, rest, final_factor),
+        "linear": lambda: optax.linear_schedule(learning_rate, learning_rate * final_factor, rest),
+    }[schedule]()
+    return optax.join_schedules([optax.linear_schedule(0.0, learning_rate, max(warmup_steps, 1)), after], [warmup_steps])
+
+
+def make_optimizer(
+    schedule: optax.Schedule, *, b1: float, b2: float, weight_decay: float, grad_clip: float
+) -> optax.GradientTransformation:
+    """Adam as the paper has it (0.9, 0.99, no decay), behind a clip of the global gradient norm (0 switches it off)."""
+    clip = optax.clip_by_global_norm(grad_clip) if grad_clip else optax.identity()
+    return optax.chain(clip, optax.adamw(schedule, b1=b1, b2=b2, weight_decay=weight_decay))
+
+
+def create_state(init: Callable[[], Any], optimizer: optax.GradientTransformation) -> TrainState:
+    params = init()
+    return TrainState(jnp.zeros((), jnp.int32), params, jax.tree.map(jnp.copy, params), optimizer.init(params))
+
+
+def apply_gradients(
+    state: TrainState, gradients: Any, optimizer: optax.GradientTransformation, ema_decay: float
+) -> TrainState:
+    """One update. The average's decay warms up as min(ema_decay, (1 + n) / (10 + n)) with n finished updates: with a
+    fixed one a short run's average would still be its initial weights."""
+    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    decay = jnp.minimum(ema_decay, (1.0 + state.step) / (10.0 + state.step))
+    ema_params = jax.tree.map(lambda a, b: decay * a + (1.0 - decay) * b, state.ema_params, params)
+    return TrainState(state.step + 1, params, ema_params, opt_state)
