@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 _LAZY = {
     "Crystal": "unimat_jax.crystal",
     "CrystalError": "unimat_jax.crystal",
-    "Generator": "unimat_jax.generate",
+    "Generator": "unimat_jax.generator",
 }
 
 __all__ = ["Crystal", "CrystalError", "Generator", "__version__"]

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import sys
 from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from unimat_jax.errors import UserError
 
 VERBS = {
     "quickstart": ("unimat_jax.quickstart", "train on the crystals in the package, then generate some: minutes on a laptop"),
@@ -15,10 +19,22 @@ VERBS = {
 }
 
 
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are UserErrors, and which takes `-` and `_` in the names of flags alike."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} ({self.prog} --help tells the flags)")
+
+    def parse(self, argv: Sequence[str]) -> argparse.Namespace:
+        flags, rest = [], list(argv)
+        while rest and rest[0] != "--":
+            name, equals, value = rest.pop(0).partition("=")
+            flags.append((name.replace("-", "_").replace("__", "--", 1) if name.startswith("--") else name) + equals + value)
+        return self.parse_args(flags + rest)
+
+
 def run_program(program: Callable[[Sequence[str]], int | None], argv: Sequence[str]) -> int:
     """Runs program(argv) and returns its exit code: 2 with one line on standard error for what the user can fix."""
-    from unimat_jax.errors import UserError
-
     try:
         return program(argv) or 0
     except UserError as error:

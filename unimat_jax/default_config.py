@@ -36,7 +36,7 @@ def get_config() -> ConfigDict:
     config.model.head_dim = 64  # (paper)
     config.model.dropout_rate = 0.1  # (paper)
     config.model.place_embedding = True  # a learned vector for each place of the table
-    config.model.convolution = "axial"  # 1 x 3 x 3 plus 3 x 1 x 1; "full": 3 x 3 x 3
+    config.model.convolution = "axial"  # 1 x 3 x 3 plus 3 x 1 x 1; "full": 3 x 3 x 3; "plane": 1 x 3 x 3
     config.model.attention = "factorised"  # H W, then L; "full": all sites at once
     config.model.coordinate_frequencies = 0  # K > 0: sin and cos of K periods of the coordinates as input channels
 

@@ -1,225 +1,251 @@
-"""A checkpoint -> crystals: the Python API `Generator`. The program is `generate_cli.py`.
+"""A checkpoint -> crystals: unimat generate --checkpoint=runs/perov_5 --formula=SrTiO3 --num_samples=16 --output_dir=out
 
-    from unimat_jax import Generator
-    samples = Generator("runs/perov_5").generate(8, formula="SrTiO3", seed=0)
-    structures = [sample.crystal.to_pymatgen() for sample in samples if sample.crystal]
+Writes generated_crystals.extxyz, generated_crystals_cif.zip, manifest.jsonl (one row a sample, failures too) and
+config.json. Generates nothing twice: --resume goes on where an interrupted run stopped.
 """
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
-import functools
-from collections.abc import Iterator, Mapping, Sequence
+import hashlib
+import importlib.metadata
+import json
+import shutil
+import sys
+import time
+import zipfile
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import jax
-import numpy as np
-
-from unimat_jax import models, sampler, sharding
-from unimat_jax.checkpoint import load_params, read_run
-from unimat_jax.conditioning import free_sites, make_condition
+from unimat_jax.cli import Parser, run_program
 from unimat_jax.crystal import Crystal
 from unimat_jax.errors import UserError
-from unimat_jax.periodic_table import SYMBOLS
-from unimat_jax.representation import DecodeFailure, UniMatSpec, count_slots_at_null, decode
-from unimat_jax.requests import (
-    Request,
-    count_table,
-    element_requests,
-    element_table,
-    formula_requests,
-    parse_units,
-)
-from unimat_jax.train import init_arguments
+from unimat_jax.evaluation.structure_statistics import describe
+from unimat_jax.evaluation.validity import Validity, check, format_summary, summary
+
+if TYPE_CHECKING:
+    from unimat_jax.generator import Generator, Sample, SamplerSettings
+    from unimat_jax.requests import Request
+
+EXTXYZ, CIF_ZIP = "generated_crystals.extxyz", "generated_crystals_cif.zip"
+MANIFEST, CONFIG = "manifest.jsonl", "config.json"
+PACKAGES = ("unimat-jax", "jax", "jaxlib", "flax", "orbax-checkpoint", "numpy", "pymatgen", "ase", "smact", "spglib")
 
 
-@dataclasses.dataclass(frozen=True)
-class Sample:
-    """One generated crystal or the reason why there is none.
-
-    status: "ok"; "slot_at_null" (an asked atom went to the null place; the crystal has it where it went) or
-    "element_missing" (of a chemical system), both with a crystal; or a failure of `representation.decode` without one.
-    """
-
-    uid: str
-    index: int
-    status: str
-    message: str
-    request: Request
-    crystal: Crystal | None
-
-
-@dataclasses.dataclass(frozen=True)
-class SamplerSettings:
-    """How to sample; the defaults are the checkpoint's config.sample."""
-
-    num_steps: int
-    method: str
-    log_variance_interpolation: float
-    guidance_weight: float
-    batch_size: int
-
-    def __post_init__(self):
-        if self.num_steps < 1 or self.batch_size < 1:
-            raise UserError(f"num_steps = {self.num_steps}, batch_size = {self.batch_size}: both must be above 0")
-        if self.method not in sampler.METHODS:
-            raise UserError(f"method = {self.method!r}: choose from {sampler.METHODS}")
+def parser() -> Parser:
+    p = Parser(prog="unimat generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--checkpoint", required=True, help="the --workdir of a training run")
+    p.add_argument("--output_dir", required=True, type=Path)
+    p.add_argument("--num_samples", type=int, help="total number (default 16, or what --compositions_from gives)")
+    p.add_argument("--seed", type=int, default=0, help="sample i depends on the seed and i alone")
+    p.add_argument("--formula", "--formulas", help="SrTiO3,BaTiO3: sample i has formula i modulo their number, exactly")
+    p.add_argument("--num_formula_units", default="1", help="2 or 1-4: formula units in the cell, drawn for each sample")
+    p.add_argument("--chemical_system", help="Sr-Ti-O: no other element; a missing one is a status")
+    p.add_argument("--elements", help="Sr,Ti,O: any subset of these")
+    p.add_argument("--compositions_from", help="crystal files: the composition of each structure in them")
+    p.add_argument("--samples_per_composition", type=int, default=1, help="with --compositions_from")
+    p.add_argument("--condition", action="append", default=[], metavar="NAME=VALUE", help="a property of the checkpoint")
+    p.add_argument("--guidance_weight", type=float, help="the paper's w on properties, 0 = plain (others' scale is 1 + w)")
+    p.add_argument("--num_steps", type=int, help="of the sampler; default: the checkpoint's")
+    p.add_argument("--method", choices=("ancestral", "ddim"))
+    p.add_argument("--log_variance_interpolation", type=float, help="the paper's 0.1, for ancestral sampling")
+    p.add_argument("--batch_size", type=int, help="samples at a time; changes speed and memory only")
+    p.add_argument("--step", type=int, help="of the checkpoint; default: the latest")
+    p.add_argument("--raw_params", action="store_true", help="raw parameters in place of their moving average")
+    p.add_argument("--resume", action="store_true", help="go on with an interrupted run in --output_dir")
+    p.add_argument("--overwrite", action="store_true", help="empty --output_dir first")
+    return p
 
 
-class Generator:
-    """Samples from a training run's checkpoint. Holds parameters and a jitted sampler, and no other state.
-
-    step: a checkpoint's step, the latest by default; ema: averaged parameters (default) or raw ones. Raises UserError
-    where there is no checkpoint.
-    """
-
-    def __init__(self, checkpoint: str | Path, *, step: int | None = None, ema: bool = True):
-        self.directory, self.config, self.description = read_run(checkpoint)
-        self.spec = UniMatSpec.from_json(self.description["spec"])
-        self.condition_schema: list[dict[str, Any]] = self.description["condition_schema"]
-        settings = dict(self.description["model"])
-        self._network = models.create(settings.pop("name"), **settings)
-        self._mesh = sharding.make_mesh()
-        arguments = init_arguments(self.spec, len(self.condition_schema))
-        shapes = jax.eval_shape(lambda: self._network.init(jax.random.key(0), *arguments)["params"])
-        everywhere = sharding.replicated(self._mesh)
-        like = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=everywhere), shapes)
-        self.params, self.step, self.params_hash = load_params(self.directory, like, step=step, ema=ema)
-        self.ema = ema
-
-    def settings(self, **changes: Any) -> SamplerSettings:
-        """The checkpoint's sampler settings with `changes`, where they are not None."""
-        return SamplerSettings(**{**self.config["sample"], **{k: v for k, v in changes.items() if v is not None}})
-
-    def requests(
-        self,
-        num_samples: int,
-        *,
-        formula: str | Sequence[str] | None = None,
-        num_formula_units: str = "1",
-        chemical_system: str | None = None,
-        elements: str | None = None,
-        seed: int = 0,
-    ) -> list[Request]:
-        """One request a sample. Raises UserError for what the model cannot hold, and for two compositions at once."""
-        given = [name for name, value in (("formula", formula), ("chemical_system", chemical_system),
-                                          ("elements", elements)) if value]  # fmt: skip
-        if len(given) > 1:
-            raise UserError(f"--{given[0]} and --{given[1]} together: give one of them")
-        if num_samples < 1:
-            raise UserError(f"--num_samples={num_samples}: give a number above 0")
-        if formula:
-            formulas = [f.strip() for f in formula.split(",")] if isinstance(formula, str) else list(formula)
-            return formula_requests(formulas, parse_units(num_formula_units), num_samples, seed, self.spec)
-        if chemical_system:
-            return element_requests("chemical_system", chemical_system, num_samples, self.spec)
-        if elements:
-            return element_requests("elements", elements, num_samples, self.spec)
-        return [Request("none")] * num_samples
-
-    def properties(self, condition: Mapping[str, float]) -> tuple[np.ndarray, np.ndarray]:
-        """Standardised values [P] and flags [P] of a condition. Raises UserError for an unknown name."""
-        names = [p["name"] for p in self.condition_schema]
-        unknown = sorted(set(condition) - set(names))
-        if unknown:
-            raise UserError(f"--condition={unknown[0]}=...: the checkpoint knows {names or 'no properties'}")
-        values = [(condition.get(p["name"], p["mean"]) - p["mean"]) / p["std"] for p in self.condition_schema]
-        return np.array(values, np.float32), np.array([name in condition for name in names], np.float32)
-
-    def generate(
-        self, num_samples: int, *, condition: Mapping[str, float] | None = None, seed: int = 0, **options: Any
-    ) -> list[Sample]:
-        """`num_samples` samples; options of `requests` (formula="SrTiO3") and of `settings` (num_steps=50)."""
-        names = {f.name for f in dataclasses.fields(SamplerSettings)}
-        settings = self.settings(**{k: v for k, v in options.items() if k in names})
-        requests = self.requests(num_samples, seed=seed, **{k: v for k, v in options.items() if k not in names})
-        return [s for batch in self.sample(requests, settings, condition or {}, seed=seed) for s in batch]
-
-    def sample(
-        self,
-        requests: Sequence[Request],
-        settings: SamplerSettings,
-        condition: Mapping[str, float],
-        *,
-        seed: int,
-        start: int = 0,
-    ) -> Iterator[list[Sample]]:
-        """Batches of samples start, start + 1, ... of the requests. Sample i depends on (seed, i) and its request alone."""
-        size = min(settings.batch_size, len(requests))
-        size += -size % self._mesh.size
-        values, given = self.properties(condition)
-        run = self._sampler(settings, size)
-        key = jax.random.fold_in(jax.random.key(seed), 1)
-        for first in range(start, len(requests), size):
-            part = [requests[min(i, len(requests) - 1)] for i in range(first, first + size)]
-            arrays = _conditions(part, self.spec, values, given)
-            arrays["indices"] = np.arange(first, first + size, dtype=np.int32)
-            placed = sharding.to_devices(arrays, sharding.batch_sharding(self._mesh))
-            x, lattice = (np.asarray(a) for a in jax.device_get(run(self.params, key, placed)))
-            yield [
-                self._sample_of(first + i, part[i], x[i], lattice[i]) for i in range(min(size, len(requests) - first))
-            ]
-
-    @functools.lru_cache(maxsize=4)  # noqa: B019 - a generator lives as long as its compiled samplers
-    def _sampler(self, settings: SamplerSettings, size: int) -> Any:
-        diffusion = self.description["diffusion"]
-
-        def run(params, key, arrays):
-            cond = make_condition(*(arrays[name] for name in (
-                "counts", "counts_given", "elements", "elements_given", "properties", "properties_given")))  # fmt: skip
-            free = free_sites(cond, self.spec)
-            return sampler.sample(
-                functools.partial(self._network.apply, {"params": params}),
-                key,
-                (size, *self.spec.grid, 3),
-                lattice_size=self.spec.lattice_size,
-                indices=arrays["indices"],
-                cond=cond,
-                free=free,
-                forced_null=arrays["forbidden"][:, None] & free,
-                num_steps=settings.num_steps,
-                method=settings.method,
-                log_variance_interpolation=settings.log_variance_interpolation,
-                guidance_weight=settings.guidance_weight,
-                prediction_type=diffusion["prediction_type"],
-                logsnr_min=diffusion["logsnr_min"],
-                logsnr_max=diffusion["logsnr_max"],
-            )
-
-        everywhere, by_batch = sharding.replicated(self._mesh), sharding.batch_sharding(self._mesh)
-        return jax.jit(run, in_shardings=(everywhere, everywhere, by_batch), out_shardings=by_batch)
-
-    def _sample_of(self, index: int, request: Request, x: np.ndarray, lattice: np.ndarray) -> Sample:
-        uid = f"gen_{index:06d}"
-        counts = count_table(request, self.spec) if request.kind == "formula" else None
-        decoded = decode(x, lattice, self.spec, counts=counts, uid=uid)
-        if isinstance(decoded, DecodeFailure):
-            return Sample(uid, index, decoded.reason, decoded.message, request, None)
-        status, message = "ok", ""
-        if counts is not None and (lost := count_slots_at_null(x, counts)):
-            status, message = "slot_at_null", f"{lost} of the asked atoms went to the null place"
-        missing = set(request.elements) - set(decoded.atomic_numbers.tolist())
-        if request.kind == "chemical_system" and missing:
-            status, message = "element_missing", f"no {', '.join(SYMBOLS[z] for z in sorted(missing))}"
-        return Sample(uid, index, status, message, request, decoded)
+def conditions(texts: Sequence[str]) -> dict[str, float]:
+    """{"band_gap": 1.5} from ["band_gap=1.5"]. Raises UserError."""
+    result = {}
+    for text in texts:
+        name, _, value = text.partition("=")
+        try:
+            result[name] = float(value)
+        except ValueError as error:
+            raise UserError(f"--condition={text}: write NAME=NUMBER, as in band_gap=1.5") from error
+    return result
 
 
-def _conditions(
-    requests: Sequence[Request], spec: UniMatSpec, values: np.ndarray, given: np.ndarray
-) -> dict[str, np.ndarray]:
-    """Arrays of a batch's conditions (see `conditioning.make_condition`) and the `forbidden` places [B, H, W]."""
-    counts = np.stack([count_table(r, spec) for r in requests])
-    elements = np.stack([element_table(r, spec) for r in requests])
-    levels = np.arange(spec.max_atoms_per_element)[:, None, None]
-    kinds = np.array([r.kind for r in requests])
-    subset = kinds == "elements"
-    return {
-        "counts": (levels < counts[:, None]).astype(np.float32),
-        "counts_given": (kinds == "formula").astype(np.float32),
-        "elements": elements.astype(np.float32),
-        "elements_given": (kinds == "chemical_system").astype(np.float32),
-        "properties": np.tile(values, (len(requests), 1)),
-        "properties_given": np.tile(given, (len(requests), 1)),
-        "forbidden": subset[:, None, None] & (elements == 0),
-    }
+def requests_from_files(generator: Generator, path: str, per_composition: int, limit: int | None) -> list[Request]:
+    """One request for each structure of crystal files, times `per_composition`; at most `limit` in all."""
+    from unimat_jax.requests import Request, check_fits
+    from unimat_jax.structure_files import read_structures
+
+    requests = []
+    for found in read_structures(path):
+        if limit is not None and len(requests) >= limit:
+            break
+        if not isinstance(found, Crystal):
+            print(f"skipped {found.uid}: {found.reason}", file=sys.stderr)
+            continue
+        counts = Counter(found.atomic_numbers.tolist())
+        check_fits(counts, generator.spec, f"--compositions_from={path}: {found.uid}")
+        requests += [Request("formula", found.formula, counts, reference_uid=found.uid)] * per_composition
+    if not requests:
+        raise UserError(f"--compositions_from={path}: no structure could be read")
+    return requests[:limit]
+
+
+def row_of(sample: Sample, seed: int, condition: Mapping[str, float]) -> tuple[dict[str, Any], Validity]:
+    """The manifest's row of a sample, and its validity."""
+    request = sample.request
+    row: dict[str, Any] = {
+        "uid": sample.uid, "index": sample.index, "seed": seed, "condition": {**request.to_json(), **condition},
+        "status": sample.status, "message": sample.message,
+    }  # fmt: skip
+    if request.reference_uid:
+        row["reference_uid"] = request.reference_uid
+    if sample.crystal is None:
+        return row, Validity.failed(sample.uid, sample.status)
+    validity = check(sample.crystal)
+    verdicts = {"struct_valid": validity.struct_valid, "comp_valid": validity.comp_valid, "validity": validity.status}
+    return {**row, **describe(sample.crystal), **verdicts}, validity
+
+
+class Output:
+    """The output directory. Each batch is on disk when the next one starts: frames first, then the manifest's rows."""
+
+    def __init__(self, directory: Path, config: Mapping[str, Any], *, resume: bool, overwrite: bool):
+        self.directory = directory
+        self.rows: list[dict[str, Any]] = []
+        if directory.exists() and not directory.is_dir():
+            raise UserError(f"--output_dir={directory} is a file: name a directory")
+        if directory.is_dir() and any(directory.iterdir()):
+            if resume:
+                self._continue(config)
+                return
+            if not overwrite:
+                raise UserError(f"--output_dir={directory} is not empty: add --resume or --overwrite, or name another")
+            if not (directory / CONFIG).exists():
+                raise UserError(f"--output_dir={directory} holds something else than generated crystals: name another")
+            shutil.rmtree(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / CONFIG).write_text(json.dumps(config, indent=1) + "\n")
+
+    def _continue(self, config: Mapping[str, Any]) -> None:
+        before = json.loads((self.directory / CONFIG).read_text()) if (self.directory / CONFIG).exists() else {}
+        changed = [k for k in config if k not in ("packages", "created") and before.get(k) != config[k]]
+        if changed:
+            raise UserError(f"--resume: {self.directory} was made with another {', '.join(changed)}; use the same flags")
+        import ase.io
+
+        manifest = self.directory / MANIFEST
+        text = manifest.read_text() if manifest.exists() else ""
+        self.rows = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+        manifest.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+        known = {row["uid"] for row in self.rows}
+        extxyz = self.directory / EXTXYZ
+        frames: Any = ase.io.read(extxyz, index=":") if extxyz.exists() and extxyz.stat().st_size else []
+        kept = [Crystal.from_ase(f, f.info["uid"]) for f in frames if f.info.get("uid") in known]
+        extxyz.write_text("".join(crystal.to_extxyz() for crystal in kept))
+
+    def add(self, crystals: Sequence[Crystal], rows: Sequence[dict[str, Any]]) -> None:
+        with (self.directory / EXTXYZ).open("a") as file:
+            file.write("".join(crystal.to_extxyz() for crystal in crystals))
+        with (self.directory / MANIFEST).open("a") as file:
+            file.write("".join(json.dumps(row) + "\n" for row in rows))
+        self.rows += rows
+
+    def finish(self) -> list[Crystal]:
+        """Writes the CIF archive from the frames and returns the crystals."""
+        import ase.io
+
+        extxyz = self.directory / EXTXYZ
+        frames: Any = ase.io.read(extxyz, index=":") if extxyz.exists() and extxyz.stat().st_size else []
+        crystals = [Crystal.from_ase(frame, frame.info["uid"]) for frame in frames]
+        partial = self.directory / (CIF_ZIP + ".partial")
+        with zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED) as archive:
+            for crystal in crystals:
+                archive.writestr(f"{crystal.uid}.cif", crystal.to_cif())
+        partial.replace(self.directory / CIF_ZIP)
+        return crystals
+
+
+def run(
+    generator: Generator,
+    requests: Sequence[Request],
+    settings: SamplerSettings,
+    condition: Mapping[str, float],
+    *,
+    seed: int,
+    output_dir: Path,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> Counter[str]:
+    """Generates the requests into `output_dir`, prints a summary and returns how many samples have each status."""
+    from tqdm import tqdm
+
+    config = {
+        "checkpoint": str(generator.directory), "checkpoint_step": generator.step,
+        "parameters": "ema" if generator.ema else "raw", "parameters_hash": generator.params_hash,
+        "num_samples": len(requests), "seed": seed, "condition": dict(condition),
+        "requests": dict(Counter(f"{r.kind} {r.label}".strip() for r in requests)), "requests_hash": _hash(requests),
+        "sampler": {k: v for k, v in dataclasses.asdict(settings).items() if k != "batch_size"},
+        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }  # fmt: skip
+    output = Output(output_dir, json.loads(json.dumps(config)), resume=resume, overwrite=overwrite)
+    done = len(output.rows)
+    with tqdm(total=len(requests), initial=done, desc="generating", unit="crystal", file=sys.stderr) as bar:
+        for batch in generator.sample(requests, settings, condition, seed=seed, start=done):
+            rows = [row_of(sample, seed, condition)[0] for sample in batch]
+            output.add([sample.crystal for sample in batch if sample.crystal], rows)
+            bar.update(len(batch))
+            bar.set_postfix(failed=sum("formula" not in row for row in output.rows))
+    crystals = {crystal.uid: crystal for crystal in output.finish()}
+    verdicts = [
+        check(crystals[row["uid"]]) if row["uid"] in crystals else Validity.failed(row["uid"], row["status"])
+        for row in output.rows
+    ]
+    statuses = Counter(row["status"] for row in output.rows)
+    print(f"generated {len(requests)}: " + ", ".join(f"{number} {status}" for status, number in statuses.most_common()))
+    print(format_summary(summary(verdicts)))
+    for name, what in ((EXTXYZ, "all crystals, one frame each"), (CIF_ZIP, "one CIF each, for VESTA and others"),
+                       (MANIFEST, "one row a sample"), (CONFIG, "how they were made")):  # fmt: skip
+        print(f"  {output_dir / name}   {what}")
+    return statuses
+
+
+def _hash(requests: Sequence[Request]) -> str:
+    texts = (f"{r.kind} {r.label} {sorted(r.counts.items())} {r.elements} {r.reference_uid}" for r in requests)
+    return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parser().parse(sys.argv[1:] if argv is None else argv)
+    condition = conditions(arguments.condition)
+    if arguments.samples_per_composition < 1:
+        raise UserError(f"--samples_per_composition={arguments.samples_per_composition}: give a number above 0")
+
+    from unimat_jax.generator import Generator
+
+    generator = Generator(arguments.checkpoint, step=arguments.step, ema=not arguments.raw_params)
+    names = ("num_steps", "method", "log_variance_interpolation", "guidance_weight", "batch_size")
+    settings = generator.settings(**{name: getattr(arguments, name) for name in names})
+    asked = {name: getattr(arguments, name) for name in ("formula", "chemical_system", "elements")}
+    if arguments.compositions_from:
+        given = [name for name, value in asked.items() if value]
+        if given:
+            raise UserError(f"--compositions_from and --{given[0]} together: give one of them")
+        path, per_composition = arguments.compositions_from, arguments.samples_per_composition
+        requests = requests_from_files(generator, path, per_composition, arguments.num_samples)
+    else:
+        number = 16 if arguments.num_samples is None else arguments.num_samples
+        units = arguments.num_formula_units
+        requests = generator.requests(number, num_formula_units=units, seed=arguments.seed, **asked)
+    generator.properties(condition)  # unknown names end here, before anything is written
+    run(
+        generator, requests, settings, condition, seed=arguments.seed, output_dir=arguments.output_dir,
+        resume=arguments.resume, overwrite=arguments.overwrite,
+    )  # fmt: skip
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_program(main, sys.argv[1:]))

@@ -7,7 +7,6 @@ with anions more electronegative than cations. They are loose on purpose; a vali
 
 from __future__ import annotations
 
-import argparse
 import csv
 import dataclasses
 import json
@@ -19,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from unimat_jax.cli import Parser, run_program
 from unimat_jax.crystal import Crystal
 from unimat_jax.errors import UserError
 from unimat_jax.evaluation.composition import composition_reason
@@ -168,10 +168,10 @@ def write_report(rows: Sequence[Validity], output_dir: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Structure validity (CDVAE) and composition validity (SMACT) of every structure in crystal files."""
-    parser = argparse.ArgumentParser(prog="unimat check", description=main.__doc__)
+    parser = Parser(prog="unimat check", description=main.__doc__)
     parser.add_argument("paths", nargs="+", metavar="PATH", help="a crystal file, table, directory or zip of them")
     parser.add_argument("--output_dir", type=Path, help="write validity.csv (a row a structure) and validity.json here")
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse(sys.argv[1:] if argv is None else argv)
 
     from tqdm import tqdm
 
@@ -193,6 +193,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    from unimat_jax.cli import run_program
-
     sys.exit(run_program(main, sys.argv[1:]))

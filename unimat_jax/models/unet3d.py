@@ -59,7 +59,8 @@ def _level_convolution(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 class Conv(nn.Module):
-    """Convolution over (L, H, W). "axial": a 1 x 3 x 3 kernel plus a 3 x 1 x 1 kernel; "full": 3 x 3 x 3."""
+    """Convolution over (L, H, W). "axial": a 1 x 3 x 3 kernel plus a 3 x 1 x 1 kernel; "full": 3 x 3 x 3; "plane":
+    1 x 3 x 3, as in video diffusion (Ho et al. 2022), where only attention mixes along L."""
 
     features: int
     kind: str = "axial"
@@ -72,7 +73,7 @@ class Conv(nn.Module):
             return nn.Conv(self.features, (3, 3, 3), kernel_init=self.kernel_init, name="full")(x)
         plane = self.param("plane", self.kernel_init, (3, 3, c, self.features))
         y = _plane_convolution(x.reshape(b * l, h, w, c), plane).reshape(b, l, h, w, self.features)
-        if l > 1:
+        if l > 1 and self.kind == "axial":
             y = y + _level_convolution(x, self.param("levels", self.kernel_init, (3, c, self.features)))
         return y + self.param("bias", _zeros, (self.features,))
 

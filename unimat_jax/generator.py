@@ -1,0 +1,225 @@
+"""A checkpoint -> crystals in Python: `Generator`. The program that writes files is `generate.py`.
+
+    from unimat_jax import Generator
+    samples = Generator("runs/perov_5").generate(8, formula="SrTiO3", seed=0)
+    structures = [sample.crystal.to_pymatgen() for sample in samples if sample.crystal]
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from unimat_jax import models, sampler, sharding
+from unimat_jax.checkpoint import load_params, read_run
+from unimat_jax.conditioning import free_sites, make_condition
+from unimat_jax.crystal import Crystal
+from unimat_jax.errors import UserError
+from unimat_jax.periodic_table import SYMBOLS
+from unimat_jax.representation import DecodeFailure, UniMatSpec, count_slots_at_null, decode
+from unimat_jax.requests import (
+    Request,
+    count_table,
+    element_requests,
+    element_table,
+    formula_requests,
+    parse_units,
+)
+from unimat_jax.train import init_arguments
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """One generated crystal or the reason why there is none.
+
+    status: "ok"; "slot_at_null" (an asked atom went to the null place; the crystal has it where it went) or
+    "element_missing" (of a chemical system), both with a crystal; or a failure of `representation.decode` without one.
+    """
+
+    uid: str
+    index: int
+    status: str
+    message: str
+    request: Request
+    crystal: Crystal | None
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplerSettings:
+    """How to sample; the defaults are the checkpoint's config.sample."""
+
+    num_steps: int
+    method: str
+    log_variance_interpolation: float
+    guidance_weight: float
+    batch_size: int
+
+    def __post_init__(self):
+        if self.num_steps < 1 or self.batch_size < 1:
+            raise UserError(f"num_steps = {self.num_steps}, batch_size = {self.batch_size}: both must be above 0")
+        if self.method not in sampler.METHODS:
+            raise UserError(f"method = {self.method!r}: choose from {sampler.METHODS}")
+
+
+class Generator:
+    """Samples from a training run's checkpoint. Holds parameters and a jitted sampler, and no other state.
+
+    step: a checkpoint's step, the latest by default; ema: averaged parameters (default) or raw ones. Raises UserError
+    where there is no checkpoint.
+    """
+
+    def __init__(self, checkpoint: str | Path, *, step: int | None = None, ema: bool = True):
+        self.directory, self.config, self.description = read_run(checkpoint)
+        self.spec = UniMatSpec.from_json(self.description["spec"])
+        self.condition_schema: list[dict[str, Any]] = self.description["condition_schema"]
+        settings = dict(self.description["model"])
+        self._network = models.create(settings.pop("name"), **settings)
+        self._mesh = sharding.make_mesh()
+        arguments = init_arguments(self.spec, len(self.condition_schema))
+        shapes = jax.eval_shape(lambda: self._network.init(jax.random.key(0), *arguments)["params"])
+        everywhere = sharding.replicated(self._mesh)
+        like = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=everywhere), shapes)
+        self.params, self.step, self.params_hash = load_params(self.directory, like, step=step, ema=ema)
+        self.ema = ema
+
+    def settings(self, **changes: Any) -> SamplerSettings:
+        """The checkpoint's sampler settings with `changes`, where they are not None."""
+        return SamplerSettings(**{**self.config["sample"], **{k: v for k, v in changes.items() if v is not None}})
+
+    def requests(
+        self,
+        num_samples: int,
+        *,
+        formula: str | Sequence[str] | None = None,
+        num_formula_units: str = "1",
+        chemical_system: str | None = None,
+        elements: str | None = None,
+        seed: int = 0,
+    ) -> list[Request]:
+        """One request a sample. Raises UserError for what the model cannot hold, and for two compositions at once."""
+        given = [name for name, value in (("formula", formula), ("chemical_system", chemical_system),
+                                          ("elements", elements)) if value]  # fmt: skip
+        if len(given) > 1:
+            raise UserError(f"--{given[0]} and --{given[1]} together: give one of them")
+        if num_samples < 1:
+            raise UserError(f"--num_samples={num_samples}: give a number above 0")
+        if formula:
+            formulas = [f.strip() for f in formula.split(",")] if isinstance(formula, str) else list(formula)
+            return formula_requests(formulas, parse_units(num_formula_units), num_samples, seed, self.spec)
+        if chemical_system:
+            return element_requests("chemical_system", chemical_system, num_samples, self.spec)
+        if elements:
+            return element_requests("elements", elements, num_samples, self.spec)
+        return [Request("none")] * num_samples
+
+    def properties(self, condition: Mapping[str, float]) -> tuple[np.ndarray, np.ndarray]:
+        """Standardised values [P] and flags [P] of a condition. Raises UserError for an unknown name."""
+        names = [p["name"] for p in self.condition_schema]
+        unknown = sorted(set(condition) - set(names))
+        if unknown:
+            raise UserError(f"--condition={unknown[0]}=...: the checkpoint knows {names or 'no properties'}")
+        values = [(condition.get(p["name"], p["mean"]) - p["mean"]) / p["std"] for p in self.condition_schema]
+        return np.array(values, np.float32), np.array([name in condition for name in names], np.float32)
+
+    def generate(
+        self, num_samples: int, *, condition: Mapping[str, float] | None = None, seed: int = 0, **options: Any
+    ) -> list[Sample]:
+        """`num_samples` samples; options of `requests` (formula="SrTiO3") and of `settings` (num_steps=50)."""
+        names = {f.name for f in dataclasses.fields(SamplerSettings)}
+        settings = self.settings(**{k: v for k, v in options.items() if k in names})
+        requests = self.requests(num_samples, seed=seed, **{k: v for k, v in options.items() if k not in names})
+        return [s for batch in self.sample(requests, settings, condition or {}, seed=seed) for s in batch]
+
+    def sample(
+        self,
+        requests: Sequence[Request],
+        settings: SamplerSettings,
+        condition: Mapping[str, float],
+        *,
+        seed: int,
+        start: int = 0,
+    ) -> Iterator[list[Sample]]:
+        """Batches of samples start, start + 1, ... of the requests. Sample i depends on (seed, i) and its request alone."""
+        size = min(settings.batch_size, len(requests))
+        size += -size % self._mesh.size
+        values, given = self.properties(condition)
+        run = self._sampler(settings, size)
+        key = jax.random.fold_in(jax.random.key(seed), 1)
+        for first in range(start, len(requests), size):
+            part = [requests[min(i, len(requests) - 1)] for i in range(first, first + size)]
+            arrays = _conditions(part, self.spec, values, given)
+            arrays["indices"] = np.arange(first, first + size, dtype=np.int32)
+            placed = sharding.to_devices(arrays, sharding.batch_sharding(self._mesh))
+            x, lattice = (np.asarray(a) for a in jax.device_get(run(self.params, key, placed)))
+            yield [
+                self._sample_of(first + i, part[i], x[i], lattice[i]) for i in range(min(size, len(requests) - first))
+            ]
+
+    @functools.lru_cache(maxsize=4)  # noqa: B019 - a generator lives as long as its compiled samplers
+    def _sampler(self, settings: SamplerSettings, size: int) -> Any:
+        diffusion = self.description["diffusion"]
+
+        def run(params, key, arrays):
+            cond = make_condition(*(arrays[name] for name in (
+                "counts", "counts_given", "elements", "elements_given", "properties", "properties_given")))  # fmt: skip
+            free = free_sites(cond, self.spec)
+            return sampler.sample(
+                functools.partial(self._network.apply, {"params": params}),
+                key,
+                (size, *self.spec.grid, 3),
+                lattice_size=self.spec.lattice_size,
+                indices=arrays["indices"],
+                cond=cond,
+                free=free,
+                forced_null=arrays["forbidden"][:, None] & free,
+                num_steps=settings.num_steps,
+                method=settings.method,
+                log_variance_interpolation=settings.log_variance_interpolation,
+                guidance_weight=settings.guidance_weight,
+                prediction_type=diffusion["prediction_type"],
+                logsnr_min=diffusion["logsnr_min"],
+                logsnr_max=diffusion["logsnr_max"],
+            )
+
+        everywhere, by_batch = sharding.replicated(self._mesh), sharding.batch_sharding(self._mesh)
+        return jax.jit(run, in_shardings=(everywhere, everywhere, by_batch), out_shardings=by_batch)
+
+    def _sample_of(self, index: int, request: Request, x: np.ndarray, lattice: np.ndarray) -> Sample:
+        uid = f"gen_{index:06d}"
+        counts = count_table(request, self.spec) if request.kind == "formula" else None
+        decoded = decode(x, lattice, self.spec, counts=counts, uid=uid)
+        if isinstance(decoded, DecodeFailure):
+            return Sample(uid, index, decoded.reason, decoded.message, request, None)
+        status, message = "ok", ""
+        if counts is not None and (lost := count_slots_at_null(x, counts)):
+            status, message = "slot_at_null", f"{lost} of the asked atoms went to the null place"
+        missing = set(request.elements) - set(decoded.atomic_numbers.tolist())
+        if request.kind == "chemical_system" and missing:
+            status, message = "element_missing", f"no {', '.join(SYMBOLS[z] for z in sorted(missing))}"
+        return Sample(uid, index, status, message, request, decoded)
+
+
+def _conditions(
+    requests: Sequence[Request], spec: UniMatSpec, values: np.ndarray, given: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Arrays of a batch's conditions (see `conditioning.make_condition`) and the `forbidden` places [B, H, W]."""
+    counts = np.stack([count_table(r, spec) for r in requests])
+    elements = np.stack([element_table(r, spec) for r in requests])
+    levels = np.arange(spec.max_atoms_per_element)[:, None, None]
+    kinds = np.array([r.kind for r in requests])
+    subset = kinds == "elements"
+    return {
+        "counts": (levels < counts[:, None]).astype(np.float32),
+        "counts_given": (kinds == "formula").astype(np.float32),
+        "elements": elements.astype(np.float32),
+        "elements_given": (kinds == "chemical_system").astype(np.float32),
+        "properties": np.tile(values, (len(requests), 1)),
+        "properties_given": np.tile(given, (len(requests), 1)),
+        "forbidden": subset[:, None, None] & (elements == 0),
+    }
