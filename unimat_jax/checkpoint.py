@@ -71,7 +71,7 @@ class Checkpoints:
         )
 
     def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """The latest state, in the shapes and shardings of `like` (arrays or jax.ShapeDtypeStruct), and the iterator's."""
+        """The latest state, in the shapes and shardings of `like` (jax.ShapeDtypeStruct), and the iterator's."""
         step = self._manager.latest_step()
         restored = self._manager.restore(
             step,
@@ -111,7 +111,7 @@ def available_steps(root: Path) -> list[int]:
     """Steps with a finished checkpoint, ascending. Raises UserError when there is none."""
     steps = sorted(int(p.name) for p in (root / FOLDER).iterdir() if p.name.isdigit())
     if not steps:
-        raise UserError(f"--checkpoint={root}: the run has saved no checkpoint yet; train longer or lower checkpoint_every")
+        raise UserError(f"--checkpoint={root}: no checkpoint is saved yet; train longer or lower checkpoint_every")
     return steps
 
 

@@ -74,6 +74,6 @@ def training_condition(
 
 
 def drop_properties(cond: Condition) -> Condition:
-    """The condition with all properties dropped and the composition kept: the second branch of the paper's equation 2."""
+    """The condition without its properties, the composition kept: the second branch of the paper's equation 2."""
     zeros = jnp.zeros_like(cond["properties"])
     return {**cond, "properties": zeros, "properties_given": zeros}

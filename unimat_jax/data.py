@@ -56,22 +56,25 @@ class RecordSource:
     def __len__(self) -> int:
         return self.num_examples
 
-    def read(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-        """Records (see `representation.encode`) with `material_id` and `properties`, a dict of floats, NaN if missing."""
+    def read(self, indices: Sequence[int] | np.ndarray) -> list[dict[str, Any]]:
+        """Records (see `representation.encode`) with `material_id` and `properties`: floats by name, NaN if missing."""
         return [_parse(message) for message in self._source.__getitems__([int(i) for i in indices])]
 
 
 def _parse(message: bytes) -> dict[str, Any]:
     from tensorflow_datasets.proto import tf_example_pb2
 
-    feature = tf_example_pb2.Example.FromString(message).features.feature
+    example: Any = tf_example_pb2.Example  # pyright: ignore[reportAttributeAccessIssue]
+    feature = example.FromString(message).features.feature
     return {
         "material_id": feature["material_id"].bytes_list.value[0].decode(),
         "slots": np.array(feature["slots"].int64_list.value, np.uint8).reshape(-1, 3),
         "frac_coords": np.array(feature["frac_coords"].float_list.value, np.float32).reshape(-1, 3),
         "lattice": np.array(feature["lattice"].float_list.value, np.float32),
         "properties": {
-            name.removeprefix(_PREFIX): feature[name].float_list.value[0] for name in feature if name.startswith(_PREFIX)
+            name.removeprefix(_PREFIX): value.float_list.value[0]
+            for name, value in feature.items()
+            if name.startswith(_PREFIX)
         },
     }
 
@@ -205,9 +208,11 @@ def training_iterator(batch_maker: BatchMaker, *, num_threads: int = 2, prefetch
 def evaluation_batches(
     batch_maker: BatchMaker, source: RecordSource, spec: UniMatSpec, *, num_examples: int, batch_size: int
 ) -> tuple[list[dict[str, np.ndarray]], int]:
-    """Fixed batches of at most `num_examples` examples of a split, the last one padded, and how many were left out since
-    the model's table or L cannot hold them. `weight` [B] is 0 where padded."""
-    indices = np.arange(len(source)) if len(source) <= num_examples else np.sort(_epoch_order(len(source), 0, 0)[:num_examples])
+    """Fixed batches of at most `num_examples` examples of a split, the last one padded, and how many were left out
+    since the model's table or L cannot hold them. `weight` [B] is 0 where padded."""
+    indices = np.arange(len(source))
+    if len(source) > num_examples:
+        indices = np.sort(_epoch_order(len(source), 0, 0)[:num_examples])
     records = source.read(indices)
     kept = np.array([_fits(record, spec) for record in records], bool)
     indices, left_out = indices[kept], int((~kept).sum())
@@ -230,4 +235,3 @@ def _fits(record: Mapping[str, np.ndarray], spec: UniMatSpec) -> bool:
 def element_symbols(spec: UniMatSpec) -> list[str]:
     """Symbols of the elements that the spec's table can hold."""
     return [SYMBOLS[z] for z in spec.table.atomic_numbers.ravel() if z]
-

@@ -5,16 +5,18 @@ Values marked (paper) are those of the paper's appendix 6; the others are ours (
 
 from __future__ import annotations
 
+from typing import Any
+
 from ml_collections import ConfigDict
 
 
-def get_config() -> ConfigDict:
-    config = ConfigDict()
+def get_config() -> Any:  # a ConfigDict; its fields are unknown to type checkers
+    config: Any = ConfigDict()
 
     config.data = ConfigDict()
     config.data.dataset = "crystals"  # a name that `unimat prepare --dataset` takes
     config.data.data_dir = "data"  # where `unimat prepare --data_dir` put it
-    config.data.table = "full"  # "full" (9 x 18, paper), "data" (rows and columns with elements), or symbols "C", "Li,O"
+    config.data.table = "full"  # "full" (9 x 18, paper), "data" (rows and columns with elements), or "C", "Li,O"
     config.data.max_atoms_per_element = 0  # L; 0 takes the training set's largest count
     config.data.coordinates = "fractional"  # or "cartesian"
     config.data.lattice_form = "parameters"  # "log_metric"; "matrix" goes with Cartesian coordinates
@@ -44,7 +46,7 @@ def get_config() -> ConfigDict:
     config.diffusion.prediction_type = "eps"  # (paper); "x0", "v"
     config.diffusion.logsnr_min = -20.0  # (paper)
     config.diffusion.logsnr_max = 20.0  # (paper)
-    config.diffusion.null_weight = 1.0  # loss weight of a null site against an occupied one; 1 is the paper's plain mean
+    config.diffusion.null_weight = 1.0  # loss weight of a null site against an occupied one; 1: plain mean (paper)
     config.diffusion.lattice_weight = 1.0  # loss weight of the six lattice numbers' mean against the sites' mean
     config.diffusion.counts_share = 0.5  # share of training examples conditioned on exact counts
     config.diffusion.elements_share = 0.25  # ... on their elements only; the rest on nothing

@@ -1,4 +1,4 @@
-"""A checkpoint -> crystals: unimat generate --checkpoint=runs/perov_5 --formula=SrTiO3 --num_samples=16 --output_dir=out
+"""A checkpoint -> crystals: unimat generate --checkpoint=runs/perov_5 --formula=SrTiO3 --num_samples=9 --output_dir=out
 
 Writes generated_crystals.extxyz, generated_crystals_cif.zip, manifest.jsonl (one row a sample, failures too) and
 config.json. Generates nothing twice: --resume goes on where an interrupted run stopped.
@@ -42,13 +42,13 @@ def parser() -> Parser:
     p.add_argument("--num_samples", type=int, help="total number (default 16, or what --compositions_from gives)")
     p.add_argument("--seed", type=int, default=0, help="sample i depends on the seed and i alone")
     p.add_argument("--formula", "--formulas", help="SrTiO3,BaTiO3: sample i has formula i modulo their number, exactly")
-    p.add_argument("--num_formula_units", default="1", help="2 or 1-4: formula units in the cell, drawn for each sample")
+    p.add_argument("--num_formula_units", default="1", help="2 or 1-4: formula units in a cell, drawn for each sample")
     p.add_argument("--chemical_system", help="Sr-Ti-O: no other element; a missing one is a status")
     p.add_argument("--elements", help="Sr,Ti,O: any subset of these")
     p.add_argument("--compositions_from", help="crystal files: the composition of each structure in them")
     p.add_argument("--samples_per_composition", type=int, default=1, help="with --compositions_from")
-    p.add_argument("--condition", action="append", default=[], metavar="NAME=VALUE", help="a property of the checkpoint")
-    p.add_argument("--guidance_weight", type=float, help="the paper's w on properties, 0 = plain (others' scale is 1 + w)")
+    p.add_argument("--condition", action="append", default=[], metavar="NAME=VALUE", help="property of the checkpoint")
+    p.add_argument("--guidance_weight", type=float, help="the paper's w on properties; others' scale is 1 + w")
     p.add_argument("--num_steps", type=int, help="of the sampler; default: the checkpoint's")
     p.add_argument("--method", choices=("ancestral", "ddim"))
     p.add_argument("--log_variance_interpolation", type=float, help="the paper's 0.1, for ancestral sampling")
@@ -132,7 +132,7 @@ class Output:
         before = json.loads((self.directory / CONFIG).read_text()) if (self.directory / CONFIG).exists() else {}
         changed = [k for k in config if k not in ("packages", "created") and before.get(k) != config[k]]
         if changed:
-            raise UserError(f"--resume: {self.directory} was made with another {', '.join(changed)}; use the same flags")
+            raise UserError(f"--resume: {self.directory} was made with another {', '.join(changed)}: use the same")
         import ase.io
 
         manifest = self.directory / MANIFEST

@@ -1,8 +1,8 @@
 """A checkpoint -> crystals in Python: `Generator`. The program that writes files is `generate.py`.
 
-    from unimat_jax import Generator
-    samples = Generator("runs/perov_5").generate(8, formula="SrTiO3", seed=0)
-    structures = [sample.crystal.to_pymatgen() for sample in samples if sample.crystal]
+>>> from unimat_jax import Generator
+>>> samples = Generator("runs/perov_5").generate(8, formula="SrTiO3", seed=0)
+>>> structures = [sample.crystal.to_pymatgen() for sample in samples if sample.crystal]
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ class Generator:
         seed: int,
         start: int = 0,
     ) -> Iterator[list[Sample]]:
-        """Batches of samples start, start + 1, ... of the requests. Sample i depends on (seed, i) and its request alone."""
+        """Batches of samples start, start + 1, ... of the requests. Sample i depends on seed, i and its request."""
         size = min(settings.batch_size, len(requests))
         size += -size % self._mesh.size
         values, given = self.properties(condition)

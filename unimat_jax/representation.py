@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from unimat_jax.crystal import Crystal, CrystalError, angles_of, lattice_from_parameters, min_distance
-from unimat_jax.periodic_table import ATOMIC_NUMBERS, COLUMN, NUM_GROUPS, ROW, SYMBOLS, Table
+from unimat_jax.periodic_table import ATOMIC_NUMBERS, COLUMN, ROW, SYMBOLS, Table
 
 NULL_VALUE = -3.0
 OCCUPIED_THRESHOLD = -2.0
@@ -52,7 +52,8 @@ class UniMatSpec:
     def __post_init__(self):
         if self.coordinates not in ("fractional", "cartesian"):
             raise ValueError(f"coordinates = {self.coordinates!r}: choose 'fractional' or 'cartesian'")
-        if (self.lattice_form == "matrix") != (self.coordinates == "cartesian") or self.lattice_form not in LATTICE_FORMS:
+        cartesian = self.coordinates == "cartesian"
+        if self.lattice_form not in LATTICE_FORMS or (self.lattice_form == "matrix") != cartesian:
             raise ValueError(
                 f"lattice_form = {self.lattice_form!r} with {self.coordinates} coordinates: fractional ones take "
                 "'parameters' or 'log_metric'; Cartesian ones rotate with their cell and take 'matrix'"
@@ -210,7 +211,7 @@ def lattice_vector(
 
 
 def lattice_matrix(vector: np.ndarray, num_atoms: int, spec: UniMatSpec) -> np.ndarray | None:
-    """The cell [3, 3] (Angstrom, rows, right-handed) of a standardised lattice vector [D], or None where it spans none."""
+    """The cell [3, 3] (Angstrom, rows, right-handed) of a standardised lattice vector [D]; None where it spans none."""
     raw = np.asarray(vector, np.float64) * np.array(spec.lattice_std) + np.array(spec.lattice_mean)
     size = np.cbrt(num_atoms)
     with np.errstate(all="ignore"):
@@ -285,6 +286,6 @@ def decode(
 
 
 def count_slots_at_null(x: np.ndarray, counts: np.ndarray) -> int:
-    """How many of the asked atoms (exact `counts` [H, W]) a tensor [L, H, W, 3] in model units sent to the null place."""
+    """How many of the asked atoms (exact `counts` [H, W]) a tensor [L, H, W, 3] (model units) has at the null place."""
     asked = np.arange(x.shape[0])[:, None, None] < counts
     return int((asked & (x.mean(-1) <= OCCUPIED_THRESHOLD)).sum())

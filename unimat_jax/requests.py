@@ -110,8 +110,8 @@ def check_fits(counts: Mapping[int, int], spec: UniMatSpec, label: str) -> None:
     for z, number in counts.items():
         if number > spec.max_atoms_per_element:
             raise UserError(
-                f"{label}: {number} atoms of {SYMBOLS[z]}, but the model holds at most L = {spec.max_atoms_per_element} "
-                "of an element; ask for fewer formula units, or train with a larger config.data.max_atoms_per_element"
+                f"{label}: {number} atoms of {SYMBOLS[z]}, but the model holds at most L = {spec.max_atoms_per_element}"
+                " of an element; ask for fewer formula units, or train with a larger config.data.max_atoms_per_element"
             )
 
 

@@ -40,7 +40,7 @@ def guided(denoise_fn: DenoiseFn, guidance_weight: float) -> DenoiseFn:
     def both(x, lattice, logsnr, cond):
         doubled = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), cond, drop_properties(cond))
         twice = [jnp.concatenate([a, a]) for a in (x, lattice, logsnr)]
-        outputs = denoise_fn(*twice, doubled)
+        outputs = denoise_fn(twice[0], twice[1], twice[2], doubled)
         with_aux, without = zip(*(jnp.split(a, 2) for a in outputs), strict=True)
         mixed = [(1 + guidance_weight) * a - guidance_weight * b for a, b in zip(with_aux, without, strict=True)]
         return mixed[0], mixed[1]
@@ -86,7 +86,7 @@ def sample(
     logsnr_max: float = 20.0,
     keep_trajectory: bool = False,
 ) -> Any:
-    """Samples (x_0 [B, L, H, W, 3], lattice_0 [B, D]) in model units; with `keep_trajectory` also both after every step.
+    """Samples (x_0 [B, L, H, W, 3], lattice_0 [B, D]) in model units; with `keep_trajectory` also both after each step.
 
     indices [B]: numbers of the samples in the whole job; all noise of a sample comes from (key, its index), so it is
     the same whatever the batch. free [B, L, H, W]: all other sites are held at the null value, as in training.

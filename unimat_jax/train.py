@@ -83,7 +83,7 @@ def train(config: Any, workdir: str | Path) -> dict[str, float]:
     schema = data.condition_schema(statistics, config.data.properties)
     source = data.RecordSource(directory, "train")
     fixed = {"random_shift": False, "random_axes": False}
-    augmentation = {name: config.data[name] for name in ("shuffle_atoms", "random_shift", "origin_shift", "random_axes")}
+    augmentation = _pick(config.data, "shuffle_atoms", "random_shift", "origin_shift", "random_axes")
     batches = data.BatchMaker(
         source, spec, schema, batch_size=config.train.batch_size, seed=config.train.seed, augmentation=augmentation,
         process_index=jax.process_index(), process_count=jax.process_count(),
@@ -160,9 +160,8 @@ def train(config: Any, workdir: str | Path) -> dict[str, float]:
     progress = Progress(config.train.num_steps, config.train.batch_size, start_step, first)
 
     def evaluate(step: int) -> dict[str, float]:
-        sums = sum(
-            np.asarray(jit_eval_step(state.ema_params, sharding.to_devices(b, by_batch), eval_key)) for b in eval_batches
-        )
+        batches_on_devices = (sharding.to_devices(batch, by_batch) for batch in eval_batches)
+        sums = sum(np.asarray(jit_eval_step(state.ema_params, batch, eval_key)) for batch in batches_on_devices)
         result = eval_metrics(sums, config.diffusion.lattice_weight)
         if config.train.sample_every and (step % config.train.sample_every == 0 or step == config.train.num_steps):
             result |= sample_check(network, state.ema_params, eval_batches[0], objective, config)
@@ -234,7 +233,7 @@ def _check_finite(step: int, metrics: Mapping[str, jax.Array], workdir: Path) ->
 def sample_check(
     network: Any, params: Any, batch: Mapping[str, np.ndarray], objective: Objective, config: Any
 ) -> dict[str, float]:
-    """Samples crystals of the compositions of a validation batch and reports the shares that decode and that are valid."""
+    """Samples crystals of the compositions of a validation batch: the shares that decode and that are valid."""
     spec, number = objective.spec, min(config.train.sample_examples, len(batch["slot"]))
     part = {name: jnp.asarray(value[:number]) for name, value in batch.items()}
     counts = occupancy(part, spec).astype(jnp.float32)
@@ -269,7 +268,9 @@ def _check(config: Any) -> None:
             raise UserError(f"config.{section}.{name} = {config[section][name]}: give a whole number above 0")
     shares = (config.diffusion.counts_share, config.diffusion.elements_share)
     if min(shares) < 0 or sum(shares) > 1:
-        raise UserError(f"config.diffusion.counts_share and elements_share = {shares}: give shares that add up to at most 1")
+        raise UserError(
+            f"config.diffusion.counts_share, elements_share = {shares}: give shares that add up to at most 1"
+        )
 
 
 def _check_same_run(workdir: Path, config: Any) -> None:
@@ -283,7 +284,9 @@ def _check_same_run(workdir: Path, config: Any) -> None:
     ]
     if changed:
         shown = ", ".join(f"{name} ({before.get(name)} there, {now.get(name)} now)" for name in changed)
-        raise UserError(f"{workdir} holds a run with another config: {shown}; choose another --workdir, or the same values")
+        raise UserError(
+            f"{workdir} holds a run with another config: {shown}; name another --workdir, or the same values"
+        )
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -321,5 +324,5 @@ def _announce(
         f"steps: {start} of {config.train.num_steps} done, batch {config.train.batch_size}; compiling ...",
     ]
     if left_out:
-        lines.append(f"validation: {left_out} of {eval_number} crystals do not fit the model's table or L and are left out")
+        lines.append(f"validation: {left_out} of {eval_number} crystals do not fit the model's table or L: left out")
     print("\n".join(lines), file=sys.stderr, flush=True)

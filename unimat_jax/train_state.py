@@ -41,7 +41,8 @@ def make_schedule(
         "cosine": lambda: optax.cosine_decay_schedule(learning_rate, rest, final_factor),
         "linear": lambda: optax.linear_schedule(learning_rate, learning_rate * final_factor, rest),
     }[schedule]()
-    return optax.join_schedules([optax.linear_schedule(0.0, learning_rate, max(warmup_steps, 1)), after], [warmup_steps])
+    warmup = optax.linear_schedule(0.0, learning_rate, max(warmup_steps, 1))
+    return optax.join_schedules([warmup, after], [warmup_steps])
 
 
 def make_optimizer(

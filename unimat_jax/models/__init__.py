@@ -8,7 +8,7 @@ from unimat_jax.errors import UserError
 
 
 def create(name: str, **settings: Any) -> Any:
-    """A network by name ("unet3d") with `init` and `apply`. Raises UserError for a name or setting that does not exist."""
+    """A network by name ("unet3d") with `init` and `apply`. Raises UserError for an unknown name or setting."""
     from unimat_jax.models.unet3d import UNet3D
 
     networks = {"unet3d": UNet3D}

@@ -30,9 +30,9 @@ def sinusoidal_embedding(logsnr: jax.Array, size: int) -> jax.Array:
 
 
 def _plane_convolution(images: jax.Array, kernel: jax.Array) -> jax.Array:
-    """3 x 3 "same" convolution of [N, H, W, C] by [3, 3, C, F]. Grids of a few sites run as one matrix product: backends
-    are an order of magnitude slower on convolutions that are almost all border."""
-    n, h, w, c = images.shape
+    """3 x 3 "same" convolution of [N, H, W, C] by [3, 3, C, F]. Grids of a few sites run as one matrix product:
+    backends are an order of magnitude slower on convolutions that are almost all border."""
+    n, h, w, _ = images.shape
     if h * w > 4:
         return jax.lax.conv_general_dilated(images, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
     places = [(i, j) for i in range(h) for j in range(w)]
@@ -257,10 +257,11 @@ class UNet3D(nn.Module):
             for i in range(self.num_res_blocks + 1):
                 h = blocks(jnp.concatenate([h, skips.pop()], -1), f"up{level}_{i}", features, level)
             if level:
-                h = Upsample(features, skips[-1].shape[2:4], name=f"up{level}")(h)
+                h = Upsample(features, (skips[-1].shape[2], skips[-1].shape[3]), name=f"up{level}")(h)
         h = nn.silu(_norm("norm_out", h.shape[-1])(h))
         pooled.append(SitePool(8, name="pool_out")(h))
         x_pred = Conv(x.shape[-1], self.convolution, _zeros, name="conv_out")(h)
-        hidden = nn.Dense(4 * self.base_channels, name="lattice_hidden")(jnp.concatenate([*pooled, embedding, lattice], -1))
+        pooled = jnp.concatenate([*pooled, embedding, lattice], -1)
+        hidden = nn.Dense(4 * self.base_channels, name="lattice_hidden")(pooled)
         lattice_pred = nn.Dense(lattice.shape[-1], kernel_init=_zeros, name="lattice_out")(nn.silu(hidden))
         return x_pred.astype(jnp.float32), lattice_pred.astype(jnp.float32)
