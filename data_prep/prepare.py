@@ -22,7 +22,7 @@ from data_prep.parse_stage import choose_num_workers, open_spool, parse_into
 from data_prep.report import REPORT, STATISTICS, fingerprint, make_report, table, write_json
 from data_prep.selection import Filters, Selection, SplitRule, counts, select
 from data_prep.splits import read_property_table, read_split_ids
-from unimat_jax.cli import run_program
+from unimat_jax.cli import Parser, run_program
 from unimat_jax.errors import UserError
 from unimat_jax.periodic_table import atomic_number
 
@@ -215,18 +215,11 @@ def _column(text: str) -> tuple[str, Column]:
     return name, Column(*parts)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        """One line, not the whole usage."""
-        raise UserError(f"{message} (unimat prepare --help tells the flags)")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="unimat prepare",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add("--dataset", required=True, help=f"one of {', '.join(DATASETS)}; 'crystals' reads your own files")
@@ -272,17 +265,9 @@ def _list(text: str) -> list[str]:
     return [part for part in text.replace("-", ",").split(",") if part]
 
 
-def run(argv: Sequence[str]) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """The program, with UserErrors for its caller."""
-    # --data-dir and --data_dir are the same flag; values keep their dashes. argparse writes --no-niggli with a dash.
-    words = []
-    for word in argv:
-        flag, equals, value = word.partition("=")
-        if flag.startswith("--"):
-            flag = "--" + flag[2:].replace("-", "_")
-            flag = {"--no_niggli": "--no-niggli", "--no_primitive": "--no-primitive"}.get(flag, flag)
-        words.append(flag + equals + value)
-    flags = vars(_parser().parse_args(words))
+    flags = vars(_parser().parse(sys.argv[1:] if argv is None else argv))
     try:
         flags["split_fractions"] = [float(f) for f in flags["split_fractions"]]
     except ValueError as error:
@@ -290,8 +275,6 @@ def run(argv: Sequence[str]) -> int:
     prepare(**flags)
     return 0
 
-
-main = run
 
 if __name__ == "__main__":
     sys.exit(run_program(main, sys.argv[1:]))

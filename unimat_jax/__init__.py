@@ -6,7 +6,11 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from unimat_jax.crystal import Crystal, CrystalError
+    from unimat_jax.generator import Generator
 
 __version__ = "0.1.0"
 

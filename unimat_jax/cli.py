@@ -6,12 +6,12 @@ import argparse
 import importlib
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from unimat_jax.errors import UserError
 
 VERBS = {
-    "quickstart": ("unimat_jax.quickstart", "train on the crystals in the package, then generate some: minutes on a laptop"),
+    "quickstart": ("unimat_jax.quickstart", "train on the crystals in the package, generate some: minutes on a laptop"),
     "prepare": ("data_prep.prepare", "crystal files or a known data set -> sharded UniMat records"),
     "train": ("unimat_jax.main", "a config and records -> checkpoints (the same --workdir resumes)"),
     "generate": ("unimat_jax.generate", "a checkpoint -> crystals as extxyz, CIF and a manifest"),
@@ -22,15 +22,19 @@ VERBS = {
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are UserErrors, and which takes `-` and `_` in the names of flags alike."""
 
+    def __init__(self, **settings: Any):
+        super().__init__(allow_abbrev=False, **settings)
+
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} ({self.prog} --help tells the flags)")
 
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
-        flags, rest = [], list(argv)
-        while rest and rest[0] != "--":
-            name, equals, value = rest.pop(0).partition("=")
-            flags.append((name.replace("-", "_").replace("__", "--", 1) if name.startswith("--") else name) + equals + value)
-        return self.parse_args(flags + rest)
+        known = {name.replace("-", "_"): name for name in self._option_string_actions}
+        words = []
+        for word in argv:
+            name, equals, value = word.partition("=")
+            words.append(known.get(name.replace("-", "_"), name) + equals + value)
+        return self.parse_args(words)
 
 
 def run_program(program: Callable[[Sequence[str]], int | None], argv: Sequence[str]) -> int:

@@ -25,13 +25,14 @@ from unimat_jax.crystal import Crystal
 from unimat_jax.errors import UserError
 from unimat_jax.evaluation.structure_statistics import describe
 from unimat_jax.evaluation.validity import Validity, check, format_summary, summary
+from unimat_jax.structure_files import GENERATED as EXTXYZ
+from unimat_jax.structure_files import MANIFEST, read_structures
 
 if TYPE_CHECKING:
     from unimat_jax.generator import Generator, Sample, SamplerSettings
     from unimat_jax.requests import Request
 
-EXTXYZ, CIF_ZIP = "generated_crystals.extxyz", "generated_crystals_cif.zip"
-MANIFEST, CONFIG = "manifest.jsonl", "config.json"
+CIF_ZIP, CONFIG = "generated_crystals_cif.zip", "config.json"
 PACKAGES = ("unimat-jax", "jax", "jaxlib", "flax", "orbax-checkpoint", "numpy", "pymatgen", "ase", "smact", "spglib")
 
 
@@ -75,7 +76,6 @@ def conditions(texts: Sequence[str]) -> dict[str, float]:
 def requests_from_files(generator: Generator, path: str, per_composition: int, limit: int | None) -> list[Request]:
     """One request for each structure of crystal files, times `per_composition`; at most `limit` in all."""
     from unimat_jax.requests import Request, check_fits
-    from unimat_jax.structure_files import read_structures
 
     requests = []
     for found in read_structures(path):

@@ -1,7 +1,7 @@
 """unimat quickstart: from the crystals in the package to new crystals, in minutes on a laptop.
 
-Prepares a slice of the embedded data set, trains a small network on it, generates crystals of a few compositions, checks
-them and says where they are. A second run goes on where the first stopped, or says that it is done.
+Prepares a slice of the embedded data set, trains a small network on it, generates crystals of a few compositions,
+checks them and says where they are. A second run goes on where the first stopped, or says that it is done.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--formula", default=FORMULAS, help="compositions to generate")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--num_steps", type=int, help="of training; default: the config's")
+    p.add_argument("--sampling_steps", type=int, help="default: the config's")
     arguments = p.parse(sys.argv[1:] if argv is None else argv)
 
     from data_prep.prepare import prepare
@@ -56,10 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if same_model and (crystals / CIF_ZIP).exists():
         print(f"done before: {crystals} holds {len((crystals / MANIFEST).read_text().splitlines())} samples")
         return 0
-    run(
-        generator, requests, generator.settings(), {}, seed=arguments.seed, output_dir=crystals,
-        resume=same_model, overwrite=not same_model,
-    )  # fmt: skip
+    settings = generator.settings(num_steps=arguments.sampling_steps)
+    changes = {"resume": same_model, "overwrite": not same_model}
+    run(generator, requests, settings, {}, seed=arguments.seed, output_dir=crystals, **changes)
     return 0
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import re
 import zipfile
 from collections import Counter
@@ -26,6 +27,9 @@ __all__ = ["Changes", "Failure", "RawStructure", "parse", "read_structures", "sc
 
 MAX_MEMBER_BYTES = 2**30
 """A larger file inside a zip is refused (`too_large`): a few kilobytes can unpack to terabytes."""
+
+GENERATED, MANIFEST = "generated_crystals.extxyz", "manifest.jsonl"
+"""What `unimat generate` writes into its output directory, beside the same crystals as CIF."""
 
 _READERS: list[tuple[str, Callable[[SourceFile], Iterator[RawStructure]]]] = [
     (r"\.cif(\.gz)?$", texts.scan_cif),
@@ -62,6 +66,8 @@ def scan(path: str | Path) -> Iterator[RawStructure]:
     path = Path(path)
     if not path.exists():
         raise UserError(f"{path} does not exist: give {_KNOWN}")
+    if (path / GENERATED).is_file() and (path / MANIFEST).is_file():
+        return _scan_generated(path)
     if path.is_dir():
         files = [p for p in sorted(path.rglob("*")) if p.is_file()]
         if not files:
@@ -79,6 +85,17 @@ def scan(path: str | Path) -> Iterator[RawStructure]:
         raise UserError(f"{path} is of no known kind: give {_KNOWN}")
     source = SourceFile(path.name, _uids([path.name])[0], functools.partial(open, path, "rb"), path)
     return _checked_first(_refuse_pointer(source) or reader(source))
+
+
+def _scan_generated(directory: Path) -> Iterator[RawStructure]:
+    """The crystals of an output directory of `unimat generate`, each once, and the samples that are none."""
+    path = directory / GENERATED
+    source = SourceFile(GENERATED, GENERATED, functools.partial(open, path, "rb"), path)
+    yield from texts.scan_extxyz(source)
+    for line in (directory / MANIFEST).read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        if "formula" not in row:
+            yield problem(row["uid"], MANIFEST, row["status"], row["message"])
 
 
 def read_structures(path: str | Path) -> Iterator[Crystal | Failure]:
