@@ -476,3 +476,17 @@ def test_reading_imports_neither_jax_nor_tensorflow():
         "import sys, unimat_jax.structure_files; print([m for m in ('jax', 'tensorflow', 'flax') if m in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_an_output_directory_of_generate_is_read_once_and_with_its_failures(tmp_path):
+    crystals = _samples()
+    _cif_zip(tmp_path, crystals)
+    (tmp_path / "generated_crystals.extxyz").write_text("".join(c.to_extxyz() for c in crystals))
+    rows = [{"uid": c.uid, "status": "ok", "message": "", "formula": c.formula} for c in crystals]
+    rows.append({"uid": "gen_9", "status": "no_atoms", "message": "no slot is occupied"})
+    (tmp_path / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "config.json").write_text("{}")
+    found = list(read_structures(tmp_path))
+    assert [f.uid for f in found] == [row["uid"] for row in rows]
+    assert isinstance(found[-1], Failure) and found[-1].reason == "no_atoms"
+    assert all(difference(a, b) < 1e-5 for a, b in zip(crystals, found[:-1], strict=True))
