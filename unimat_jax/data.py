@@ -100,12 +100,25 @@ def make_spec(
             kept = Table.of_elements([atomic_number(symbol) for symbol in symbols])
         except ValueError as error:
             raise UserError(f"config.data.table = {table!r}: {error}; or write 'full' or 'data'") from error
+    outside = [symbol for symbol in statistics["elements"] if kept.place_of[atomic_number(symbol)] < 0]
+    if outside:
+        raise UserError(
+            f"config.data.table = {table!r} has no place for {', '.join(outside)} of the training set: write 'data', "
+            "or prepare the data set with --elements"
+        )
     if lattice_form not in LATTICE_FORMS:
         raise UserError(f"config.data.lattice_form = {lattice_form!r}: choose from {sorted(LATTICE_FORMS)}")
+    limit = max_atoms_per_element or statistics["max_atoms_per_element"]
+    if limit < statistics["max_atoms_per_element"]:
+        raise UserError(
+            f"config.data.max_atoms_per_element = {limit}, but the training set has crystals with "
+            f"{statistics['max_atoms_per_element']} atoms of one element: raise it, or prepare the data set with "
+            f"--max_atoms_per_element={limit}"
+        )
     moments = statistics["lattice"][lattice_form]
     try:
         return UniMatSpec(
-            max_atoms_per_element=max_atoms_per_element or statistics["max_atoms_per_element"],
+            max_atoms_per_element=limit,
             max_atoms=statistics["max_atoms"],
             table=kept,
             coordinates=coordinates,

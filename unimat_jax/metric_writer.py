@@ -47,18 +47,16 @@ class Progress:
 
     def __init__(self, num_steps: int, batch_size: int, start_step: int, active: bool = True):
         self._num_steps, self._batch_size, self._active = num_steps, batch_size, active
-        self._begin = self._last = time.monotonic()
-        self._begin_step = self._last_step = start_step
+        self._last, self._last_step = time.monotonic(), start_step
         self._waited = 0.0
 
     def waited(self, seconds: float) -> None:
         """Counts time that the device had to wait for data."""
         self._waited += seconds
 
-    def restart_clock(self) -> None:
-        """Leaves what went before (compilation, an evaluation) out of the rates."""
-        self._last = time.monotonic()
-        self._waited = 0.0
+    def left_out(self, seconds: float) -> None:
+        """Leaves time that was no training (compilation, an evaluation, a checkpoint) out of the rates."""
+        self._last += seconds
 
     def report(self, step: int, metrics: Mapping[str, float]) -> dict[str, float]:
         """Prints the progress line and returns examples per second and the share of time spent waiting for data."""

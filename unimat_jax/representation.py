@@ -167,7 +167,7 @@ def model_inputs(
     place = spec.table.place_of[ATOMIC_NUMBERS[row, column]]
     if (place[real] < 0).any():
         bad = sorted({SYMBOLS[z] for z in ATOMIC_NUMBERS[row, column][real & (place < 0)]})
-        raise CrystalError("element_outside_table", f"{bad} have no place in the table of data.elements: widen it")
+        raise CrystalError("element_outside_table", f"{bad} have no place in the table of config.data.table: widen it")
     if level.max() >= spec.max_atoms_per_element:
         limit = f"max_atoms_per_element = {spec.max_atoms_per_element}"
         raise CrystalError("too_many_of_element", f"a record has {level.max() + 1} atoms of one element, {limit}")

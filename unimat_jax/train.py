@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import signal
@@ -88,13 +89,24 @@ def train(config: Any, workdir: str | Path) -> dict[str, float]:
         source, spec, schema, batch_size=config.train.batch_size, seed=config.train.seed, augmentation=augmentation,
         process_index=jax.process_index(), process_count=jax.process_count(),
     )  # fmt: skip
-    eval_source = data.RecordSource(directory, "validation" if "validation" in statistics["num_examples"] else "train")
-    eval_maker = data.BatchMaker(
-        eval_source, spec, schema, batch_size=config.train.batch_size, seed=0, augmentation={**augmentation, **fixed}
-    )
-    eval_batches, left_out = data.evaluation_batches(
-        eval_maker, eval_source, spec, num_examples=config.train.eval_examples, batch_size=config.train.batch_size
-    )
+    eval_batches, eval_note = [], ""
+    for split in ("validation", "train"):  # the training set itself where no validation crystal fits the model
+        if split in statistics["num_examples"] and not eval_batches:
+            eval_source = data.RecordSource(directory, split)
+            eval_maker = data.BatchMaker(
+                eval_source, spec, schema, batch_size=config.train.batch_size, seed=0,
+                augmentation={**augmentation, **fixed},
+            )  # fmt: skip
+            eval_batches, left_out = data.evaluation_batches(
+                eval_maker,
+                eval_source,
+                spec,
+                num_examples=config.train.eval_examples,
+                batch_size=config.train.batch_size,
+            )
+            number = min(config.train.eval_examples, len(eval_source))
+            eval_note = f"eval loss: on {number - left_out} crystals of the {split} split"
+            eval_note += f"; {left_out} do not fit the model's table or L" if left_out else ""
 
     # Model, state and steps.
     network = models.create(config.model.name, **{k: v for k, v in config.model.items() if k != "name"})
@@ -138,6 +150,7 @@ def train(config: Any, workdir: str | Path) -> dict[str, float]:
         },
         "num_params": sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(shapes.params)),
     }
+    _check_same_data(workdir, description)
     checkpoints = Checkpoints(workdir, config.train.keep_checkpoints)
     iterator = data.training_iterator(batches, num_threads=config.data.num_threads, prefetch=config.data.prefetch)
     if checkpoints.latest_step is None:
@@ -150,16 +163,16 @@ def train(config: Any, workdir: str | Path) -> dict[str, float]:
     if first:
         write_json(workdir / CONFIG, _plain(config))
         write_json(workdir / MODEL, description)
-        _announce(description, len(source), mesh, start_step, config, left_out, len(eval_source))
+        _announce(description, len(source), mesh, start_step, config, eval_note)
     if start_step >= config.train.num_steps:
         print(f"{workdir} is done: step {start_step} of {config.train.num_steps}", file=sys.stderr)
         checkpoints.close()
         return _last_metrics(workdir)
 
     writer = MetricWriter(workdir, first)
-    progress = Progress(config.train.num_steps, config.train.batch_size, start_step, first)
 
     def evaluate(step: int) -> dict[str, float]:
+        begin = time.monotonic()
         batches_on_devices = (sharding.to_devices(batch, by_batch) for batch in eval_batches)
         sums = sum(np.asarray(jit_eval_step(state.ema_params, batch, eval_key)) for batch in batches_on_devices)
         result = eval_metrics(sums, config.diffusion.lattice_weight)
@@ -169,17 +182,22 @@ def train(config: Any, workdir: str | Path) -> dict[str, float]:
         if first:
             shown = [f"{k} {v:.4f}" for k, v in result.items() if "_t0" not in k]
             print(f"step {step}  " + "  ".join(shown), file=sys.stderr, flush=True)
+        progress.left_out(time.monotonic() - begin)
         return result
 
-    metrics: dict[str, float] = evaluate(start_step) if start_step == 0 else {}
+    progress = Progress(config.train.num_steps, config.train.batch_size, start_step, first)
     pending: tuple[int, Mapping[str, jax.Array]] | None = None
-    with StopRequest() as stop:
-        progress.restart_clock()
+    # Whatever ends the loop, a checkpoint that is being written is finished first.
+    with contextlib.closing(writer), contextlib.closing(checkpoints), StopRequest() as stop:
+        metrics: dict[str, float] = evaluate(start_step) if start_step == 0 else {}
         for step in range(start_step, config.train.num_steps):
             begin = time.monotonic()
             batch = sharding.to_devices(next(iterator), by_batch)
             progress.waited(time.monotonic() - begin)
+            begin = time.monotonic()
             state, step_metrics = jit_train_step(state, batch, step_key)
+            if step == start_step:
+                progress.left_out(time.monotonic() - begin)  # compilation
             # The previous step's numbers are read only after the next step is under way: the device never idles.
             if pending is not None:
                 metrics |= _log(pending, progress, writer, schedule, workdir)
@@ -193,16 +211,13 @@ def train(config: Any, workdir: str | Path) -> dict[str, float]:
                 evaluated = evaluate(done)
                 metrics |= evaluated
             if done % config.train.checkpoint_every == 0 or last:
-                if pending is not None:  # never keep a state whose loss is not finite
+                if pending is not None:
                     metrics |= _log(pending, progress, writer, schedule, workdir)
                     pending = None
-                _check_finite(done, step_metrics, workdir)
+                _check_finite(done, step_metrics, workdir)  # of the state that is about to be kept
                 checkpoints.save(state, iterator.get_state(), evaluated)
             if last:
                 break
-    checkpoints.wait()
-    checkpoints.close()
-    writer.close()
     if first:
         if stop.received:
             print(f"{stop.received}: saved step {done}; the same command goes on from there", file=sys.stderr)
@@ -222,11 +237,12 @@ def _log(
 
 
 def _check_finite(step: int, metrics: Mapping[str, jax.Array], workdir: Path) -> None:
-    loss = float(metrics["train/loss"])
-    if not np.isfinite(loss):
+    values = {name: float(value) for name, value in metrics.items()}
+    bad = [f"{name} is {value}" for name, value in values.items() if not np.isfinite(value)]
+    if bad:
         raise UserError(
-            f"the loss is {loss} at step {step}: lower config.optimizer.learning_rate; the last good checkpoint is in "
-            f"{workdir / FOLDER}"
+            f"{', '.join(bad)} at step {step}: lower config.optimizer.learning_rate; the same --workdir goes on from "
+            f"the last good checkpoint, if one was due, in {workdir / FOLDER}"
         )
 
 
@@ -263,7 +279,8 @@ def _check(config: Any) -> None:
             f"config.diffusion.prediction_type = {config.diffusion.prediction_type!r}: choose from {PREDICTION_TYPES}"
         )
     for section, name in (("train", "num_steps"), ("train", "batch_size"), ("train", "log_every"),
-                          ("train", "checkpoint_every"), ("train", "eval_every"), ("sample", "num_steps")):  # fmt: skip
+                          ("train", "eval_examples"), ("train", "checkpoint_every"), ("train", "eval_every"),
+                          ("sample", "num_steps")):  # fmt: skip
         if config[section][name] < 1:
             raise UserError(f"config.{section}.{name} = {config[section][name]}: give a whole number above 0")
     shares = (config.diffusion.counts_share, config.diffusion.elements_share)
@@ -286,6 +303,19 @@ def _check_same_run(workdir: Path, config: Any) -> None:
         shown = ", ".join(f"{name} ({before.get(name)} there, {now.get(name)} now)" for name in changed)
         raise UserError(
             f"{workdir} holds a run with another config: {shown}; name another --workdir, or the same values"
+        )
+
+
+def _check_same_data(workdir: Path, description: Mapping[str, Any]) -> None:
+    """A data set that was made again under the same name may mean another tensor."""
+    if not (workdir / MODEL).exists() or not (workdir / FOLDER).exists():
+        return
+    before, now = json.loads((workdir / MODEL).read_text()), json.loads(json.dumps(description))
+    changed = [name for name in ("spec", "condition_schema", "dataset") if before[name] != now[name]]
+    if changed:
+        raise UserError(
+            f"{workdir} holds a run on other data of the name {now['dataset']['name']!r} (its {' and '.join(changed)} "
+            "in model.json differ): give that data set's --config.data.data_dir, or another --workdir"
         )
 
 
@@ -312,17 +342,14 @@ def _last_metrics(workdir: Path) -> dict[str, float]:
     return merged
 
 
-def _announce(
-    description: Mapping[str, Any], number: int, mesh: Any, start: int, config: Any, left_out: int, eval_number: int
-) -> None:
+def _announce(description: Mapping[str, Any], number: int, mesh: Any, start: int, config: Any, eval_note: str) -> None:
     devices: Sequence[Any] = mesh.devices.ravel()
     grid = UniMatSpec.from_json(description["spec"]).grid
     lines = [
         f"devices: {len(devices)} x {devices[0].device_kind}, mesh {dict(mesh.shape)}, jax {jax.__version__}",
         f"data: {description['dataset']['name']}, {number:,} training crystals, tensor L x H x W = {grid}",
         f"model: {config.model.name}, {description['num_params']:,} parameters; optax {optax.__version__}",
+        eval_note,
         f"steps: {start} of {config.train.num_steps} done, batch {config.train.batch_size}; compiling ...",
     ]
-    if left_out:
-        lines.append(f"validation: {left_out} of {eval_number} crystals do not fit the model's table or L: left out")
     print("\n".join(lines), file=sys.stderr, flush=True)

@@ -87,7 +87,9 @@ def train_step(
 
     (_, metrics), gradients = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
     metrics["train/grad_norm"] = optax.global_norm(gradients)
-    return apply_gradients(state, gradients, optimizer, ema_decay), metrics
+    state = apply_gradients(state, gradients, optimizer, ema_decay)
+    metrics["train/param_norm"] = optax.global_norm(state.params)  # not finite where the update broke the parameters
+    return state, metrics
 
 
 def eval_step(params: Any, batch: Mapping[str, jax.Array], key: jax.Array, *, objective: Objective) -> jax.Array:

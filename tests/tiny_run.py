@@ -1,0 +1,63 @@
+"""The tiny data set and the tiny run that many tests share (fixtures `tiny_data`, `trained`, `generator`)."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from data_prep.prepare import prepare
+from unimat_jax import default_config
+
+PROPERTY = "formation_energy_per_atom"
+ELEMENTS = ("Li", "Na", "K", "Rb", "Cs", "F", "Cl", "Br", "I", "Mg", "Ca", "Sr", "Ba", "O", "S", "Se", "Te")
+NUM_STEPS, BATCH_SIZE, NUM_SAMPLES = 6, 8, 4
+TINY_MODEL = {"base_channels": 4, "channel_multipliers": (1, 2), "num_res_blocks": 1, "attention_resolutions": (3,)}
+TINY_MODEL |= {"head_dim": 4}
+
+
+def prepare_data(data_dir: Path) -> Path:
+    """36 crystals to train, 10 to validate: 5 x 4 places, L = 3, at most 5 atoms."""
+    sizes: dict[str, Any] = {"max_atoms": 5, "max_atoms_per_element": 3, "elements": ELEMENTS}
+    prepare(
+        "starter", data_dir=data_dir, **sizes, niggli=False, split_fractions=(0.8, 0.2, 0), num_workers=0, quiet=True
+    )
+    return data_dir
+
+
+def config(data_dir: Path, **changes: Any) -> Any:
+    """The tiny run's config; `changes` by dotted name with "__" for the dot, as train__num_steps=3."""
+    config = default_config.get_config()
+    config.data.update(dataset="starter", data_dir=str(data_dir), table="data", properties=(PROPERTY,))
+    config.model.update(TINY_MODEL)
+    config.diffusion.update(prediction_type="v", null_weight=0.1)
+    config.optimizer.update(learning_rate=3e-2, warmup_steps=2, ema_decay=0.9)
+    config.train.update(num_steps=NUM_STEPS, batch_size=BATCH_SIZE, log_every=1, checkpoint_every=3, eval_every=3)
+    config.train.update(eval_examples=10)
+    config.sample.update(num_steps=4, batch_size=NUM_SAMPLES)
+    for name, value in changes.items():
+        section, field = name.split("__")
+        config[section][field] = value
+    return config.lock()
+
+
+def command_line(data_dir: Path, workdir: Path, *flags: str) -> list[str]:
+    """Arguments of `unimat train` for the same run, from the config file that is written beside the workdir."""
+    text = (
+        f"import sys\nsys.path.insert(0, {str(Path(__file__).parent)!r})\nimport tiny_run\nfrom pathlib import Path\n"
+    )
+    text += f"def get_config():\n    return tiny_run.config(Path({str(data_dir)!r}))\n"
+    path = workdir.parent / "tiny_config.py"
+    path.write_text(text)
+    return [f"--config={path}", f"--workdir={workdir}", *flags]
+
+
+def unimat(*arguments: Any, devices: int = 1, optimised: bool = False) -> subprocess.CompletedProcess[str]:
+    """Runs the installed console script to its end. `optimised`: compiled as users have it."""
+    env = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices)}
+    if optimised:
+        env.pop("JAX_DISABLE_MOST_OPTIMIZATIONS", None)
+    command = [str(Path(sys.executable).parent / "unimat"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=env, check=False)
