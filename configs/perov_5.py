@@ -31,10 +31,10 @@ def get_config():
     config.optimizer.schedule = "cosine"
     config.optimizer.warmup_steps = 200
     config.optimizer.ema_decay = 0.999
-    config.train.num_steps = 6_000
+    config.train.num_steps = 5_000
     config.train.batch_size = 64
     config.train.checkpoint_every = 500
     config.train.eval_every = 1_000
-    config.train.sample_every = 3_000
+    config.train.sample_every = 2_500
     config.sample.num_steps = 100
     return config

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,10 @@ def write_json(path: Path, value: Any) -> None:
     partial.replace(path)
 
 
+def _loss(metrics: dict[str, float]) -> float:
+    return metrics[BEST_METRIC]
+
+
 class Checkpoints:
     """The checkpoints of one run: saved asynchronously; the last and the best by validation loss are kept."""
 
@@ -36,17 +41,14 @@ class Checkpoints:
         policies = [
             checkpoint_managers.LatestN(keep),
             # Ascending order keeps the largest: reversed, the smallest loss is kept.
-            checkpoint_managers.BestN(
-                get_metric_fn=lambda metrics: metrics[BEST_METRIC],
-                reverse=True,
-                n=1,
-                keep_checkpoints_without_metrics=False,
-            ),
+            checkpoint_managers.BestN(get_metric_fn=_loss, reverse=True, n=1, keep_checkpoints_without_metrics=False),
         ]
         self._manager = ocp.CheckpointManager(
             workdir.absolute() / FOLDER,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
+                best_fn=_loss,  # the policy alone decides, but without this orbax does not store metrics
+                best_mode="min",
                 cleanup_tmp_directories=True,
             ),
         )
@@ -67,7 +69,7 @@ class Checkpoints:
                 optimizer=ocp.args.StandardSave({"opt_state": state.opt_state}),
                 dataset=ocp.args.JsonSave(dataset_state),
             ),
-            metrics={BEST_METRIC: metrics[BEST_METRIC]} if metrics and BEST_METRIC in metrics else None,
+            metrics={BEST_METRIC: (metrics or {}).get(BEST_METRIC, math.inf)},  # not evaluated is never the best
         )
 
     def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]]:

@@ -19,7 +19,9 @@ _zeros = nn.initializers.zeros_init()
 
 
 def _norm(name: str, channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(num_groups=max(1, min(channels // 4, 32)), name=name)
+    """About 4 channels a group, at most 32 groups, in a number that divides the channels."""
+    most = max(1, min(channels // 4, 32))
+    return nn.GroupNorm(num_groups=next(g for g in range(most, 0, -1) if channels % g == 0), name=name)
 
 
 def sinusoidal_embedding(logsnr: jax.Array, size: int) -> jax.Array:
@@ -184,7 +186,7 @@ class UNet3D(nn.Module):
     """denoise_fn(x_t [B, L, H, W, 3], lattice_t [B, D], logsnr [B], cond) -> (x_pred, lattice_pred), same shapes.
 
     attention_resolutions: down-sampling factors (1, 3, 9) at which attention runs. coordinate_frequencies: K > 0 adds
-    sin and cos of the first K periods of each fractional coordinate to the input. place_embedding: a learned vector for
+    sin and cos of each fractional coordinate, 1, 2, 4, ... 2^(K-1) waves in the cell, to the input. place_embedding: a learned vector for
     each (row, column), since a convolution alone cannot know which element a place is.
     """
 
@@ -213,8 +215,8 @@ class UNet3D(nn.Module):
     def _input(self, x: jax.Array, lattice: jax.Array, cond: dict[str, jax.Array]) -> jax.Array:
         b, l, h, w, _ = x.shape
         parts = [x]
-        for k in range(1, self.coordinate_frequencies + 1):  # model units have period 2
-            parts += [jnp.sin(jnp.pi * k * x), jnp.cos(jnp.pi * k * x)]
+        for k in range(self.coordinate_frequencies):  # model units have period 2
+            parts += [jnp.sin(jnp.pi * 2**k * x), jnp.cos(jnp.pi * 2**k * x)]
         per_example = jnp.concatenate([lattice, cond["counts_given"][:, None], cond["elements_given"][:, None]], -1)
         parts += [
             cond["counts"][..., None],
