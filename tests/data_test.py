@@ -206,7 +206,7 @@ def test_elements_outside_the_table_are_named(source, statistics, spec, maker):
         data.make_spec(statistics, table="O,F,Li,K,Na")
     small = replace(spec, table=Table.of_elements(["O", "Li"]))
     record = next(i for i, r in enumerate(source.read(range(36))) if (r["slots"][:, 1] == 5).any())
-    with pytest.raises(CrystalError, match="'(Cs|Ba)'.*data.table") as caught:
+    with pytest.raises(CrystalError, match=r"'(Cs|Ba)'.*data.table") as caught:
         maker(spec=small).batch_of(np.full(SIZE, record), np.random.default_rng(0))
     assert caught.value.reason == "element_outside_table"
 

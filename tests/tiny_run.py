@@ -13,7 +13,7 @@ from unimat_jax import default_config
 
 PROPERTY = "formation_energy_per_atom"
 ELEMENTS = ("Li", "Na", "K", "Rb", "Cs", "F", "Cl", "Br", "I", "Mg", "Ca", "Sr", "Ba", "O", "S", "Se", "Te")
-NUM_STEPS, BATCH_SIZE, NUM_SAMPLES = 6, 8, 4
+NUM_STEPS, BATCH_SIZE, NUM_SAMPLES = 12, 8, 4
 TINY_MODEL = {"base_channels": 4, "channel_multipliers": (1, 2), "num_res_blocks": 1, "attention_resolutions": (3,)}
 TINY_MODEL |= {"head_dim": 4}
 
@@ -27,14 +27,14 @@ def prepare_data(data_dir: Path) -> Path:
     return data_dir
 
 
-def config(data_dir: Path, **changes: Any) -> Any:
+def config(data_dir: Path | str, **changes: Any) -> Any:
     """The tiny run's config; `changes` by dotted name with "__" for the dot, as train__num_steps=3."""
     config = default_config.get_config()
     config.data.update(dataset="starter", data_dir=str(data_dir), table="data", properties=(PROPERTY,))
     config.model.update(TINY_MODEL)
     config.diffusion.update(prediction_type="v", null_weight=0.1)
-    config.optimizer.update(learning_rate=3e-2, warmup_steps=2, ema_decay=0.9)
-    config.train.update(num_steps=NUM_STEPS, batch_size=BATCH_SIZE, log_every=1, checkpoint_every=3, eval_every=3)
+    config.optimizer.update(learning_rate=3e-3, warmup_steps=2, ema_decay=0.9)
+    config.train.update(num_steps=NUM_STEPS, batch_size=BATCH_SIZE, log_every=1, checkpoint_every=6, eval_every=6)
     config.train.update(eval_examples=10)
     config.sample.update(num_steps=4, batch_size=NUM_SAMPLES)
     for name, value in changes.items():
@@ -43,21 +43,27 @@ def config(data_dir: Path, **changes: Any) -> Any:
     return config.lock()
 
 
-def command_line(data_dir: Path, workdir: Path, *flags: str) -> list[str]:
-    """Arguments of `unimat train` for the same run, from the config file that is written beside the workdir."""
-    text = (
-        f"import sys\nsys.path.insert(0, {str(Path(__file__).parent)!r})\nimport tiny_run\nfrom pathlib import Path\n"
+def config_file(path: Path, data_dir: Path, before: str = "") -> Path:
+    """Writes the config file of the same run. `before`: statements that the program runs when it reads it."""
+    here = str(Path(__file__).parent)
+    path.write_text(
+        f"import sys\n\nsys.path.insert(0, {here!r})\nimport tiny_run\n\n{before}\n\n"
+        f"def get_config():\n    return tiny_run.config({str(data_dir)!r})\n"
     )
-    text += f"def get_config():\n    return tiny_run.config(Path({str(data_dir)!r}))\n"
-    path = workdir.parent / "tiny_config.py"
-    path.write_text(text)
-    return [f"--config={path}", f"--workdir={workdir}", *flags]
+    return path
 
 
-def unimat(*arguments: Any, devices: int = 1, optimised: bool = False) -> subprocess.CompletedProcess[str]:
-    """Runs the installed console script to its end. `optimised`: compiled as users have it."""
+def environment(devices: int = 1, optimised: bool = False) -> dict[str, str]:
+    """Of a program with so many CPU devices. `optimised`: compiled as users have it."""
     env = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices)}
     if optimised:
         env.pop("JAX_DISABLE_MOST_OPTIMIZATIONS", None)
+    return env
+
+
+def unimat(*arguments: Any, devices: int = 1, optimised: bool = False) -> subprocess.CompletedProcess[str]:
+    """Runs the installed console script to its end."""
     command = [str(Path(sys.executable).parent / "unimat"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=env, check=False)
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env=environment(devices, optimised), check=False
+    )

@@ -67,8 +67,8 @@ def train(config: Any, workdir: str | Path) -> dict[str, float]:
     """Trains to config.train.num_steps, from the latest checkpoint in `workdir` if there is one; the last metrics."""
     workdir = Path(workdir)
     mesh = sharding.make_mesh(config.train.fsdp)
-    sharding.check_batch_size(config.train.batch_size, mesh, "config.train.batch_size")
     _check(config)
+    sharding.check_batch_size(config.train.batch_size, mesh, "config.train.batch_size")
     first = jax.process_index() == 0
 
     # Data.
@@ -215,7 +215,9 @@ def train(config: Any, workdir: str | Path) -> dict[str, float]:
                     metrics |= _log(pending, progress, writer, schedule, workdir)
                     pending = None
                 _check_finite(done, step_metrics, workdir)  # of the state that is about to be kept
+                begin = time.monotonic()
                 checkpoints.save(state, iterator.get_state(), evaluated)
+                progress.left_out(time.monotonic() - begin)
             if last:
                 break
     if first:
@@ -232,7 +234,7 @@ def _log(
     _check_finite(step, arrays, workdir)
     values = {name: float(value) for name, value in arrays.items()}
     rates = progress.report(step, values)
-    writer.write(step, {**values, **rates, "learning_rate": float(schedule(step))})
+    writer.write(step, {**values, **rates, "learning_rate": float(schedule(step - 1))})
     return values
 
 
@@ -278,6 +280,8 @@ def _check(config: Any) -> None:
         raise UserError(
             f"config.diffusion.prediction_type = {config.diffusion.prediction_type!r}: choose from {PREDICTION_TYPES}"
         )
+    if config.sample.method not in sampler.METHODS:
+        raise UserError(f"config.sample.method = {config.sample.method!r}: choose from {sampler.METHODS}")
     for section, name in (("train", "num_steps"), ("train", "batch_size"), ("train", "log_every"),
                           ("train", "eval_examples"), ("train", "checkpoint_every"), ("train", "eval_every"),
                           ("sample", "num_steps")):  # fmt: skip

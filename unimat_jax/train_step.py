@@ -86,9 +86,9 @@ def train_step(
         return loss, {"train/loss": loss, "train/x_loss": x_loss, "train/lattice_loss": lattice_loss}
 
     (_, metrics), gradients = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
-    metrics["train/grad_norm"] = optax.global_norm(gradients)
+    metrics["train/grad_norm"] = optax.tree.norm(gradients)
     state = apply_gradients(state, gradients, optimizer, ema_decay)
-    metrics["train/param_norm"] = optax.global_norm(state.params)  # not finite where the update broke the parameters
+    metrics["train/param_norm"] = optax.tree.norm(state.params)  # not finite where the update broke the parameters
     return state, metrics
 
 
