@@ -32,11 +32,12 @@ def like(tree):
     ],
 )
 def test_the_last_and_the_best_checkpoints_are_kept(tmp_path, keep, losses, kept):
-    checkpoints = Checkpoints(tmp_path, keep)
+    """Also by runs that were stopped and went on after every step."""
     for step, loss in losses.items():
+        checkpoints = Checkpoints(tmp_path, keep)
         checkpoints.save(state(step), {"next_index": step}, None if loss is None else {"eval/loss": loss, "other": 0.0})
-    checkpoints.save(state(max(losses)), {"next_index": -1}, None)  # a second time: nothing happens
-    checkpoints.close()
+        checkpoints.save(state(step), {"next_index": -1}, None)  # a second time: nothing happens
+        checkpoints.close()
     assert available_steps(tmp_path) == kept
     again = Checkpoints(tmp_path, keep)
     assert again.latest_step == max(losses)

@@ -16,5 +16,5 @@ def create(name: str, **settings: Any) -> Any:
         raise UserError(f"config.model.name = {name!r}: choose from {sorted(networks)}")
     try:
         return networks[name](**settings)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise UserError(f"config.model: {error}") from error

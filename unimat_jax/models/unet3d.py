@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 SCALE = 3
 """Down-sampling factor of H and W per level: attention resolutions 1, 3, 9 (paper, appendix 6)."""
+CONVOLUTIONS, ATTENTIONS = ("axial", "full", "plane"), ("factorised", "full")
 _zeros = nn.initializers.zeros_init()
 
 
@@ -109,7 +110,7 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         number, tokens, channels = x.shape
-        heads = max(1, channels // self.head_dim)
+        heads = next(n for n in range(max(1, channels // self.head_dim), 0, -1) if channels % n == 0)
         qkv = nn.Dense(3 * channels, use_bias=False, name="qkv")(_norm("norm", channels)(x))
         q, k, v = (a.reshape(number, tokens, heads, -1) for a in jnp.split(qkv, 3, -1))
         y = jax.nn.dot_product_attention(q, k, v).reshape(x.shape)
@@ -186,8 +187,9 @@ class UNet3D(nn.Module):
     """denoise_fn(x_t [B, L, H, W, 3], lattice_t [B, D], logsnr [B], cond) -> (x_pred, lattice_pred), same shapes.
 
     attention_resolutions: down-sampling factors (1, 3, 9) at which attention runs. coordinate_frequencies: K > 0 adds
-    sin and cos of each fractional coordinate, 1, 2, 4, ... 2^(K-1) waves in the cell, to the input. place_embedding: a learned vector for
-    each (row, column), since a convolution alone cannot know which element a place is.
+    sin and cos of each fractional coordinate, 1, 2, 4, ... 2^(K-1) waves in the cell, to the input. place_embedding: a
+    learned vector for each (row, column), since a convolution alone cannot know which element a place is. Raises
+    ValueError for a choice that does not exist.
     """
 
     base_channels: int = 256
@@ -200,6 +202,17 @@ class UNet3D(nn.Module):
     convolution: str = "axial"
     attention: str = "factorised"
     coordinate_frequencies: int = 0
+
+    def __post_init__(self):
+        levels = [SCALE**level for level in range(9)]
+        for name, value, choices in (
+            ("convolution", [self.convolution], CONVOLUTIONS),
+            ("attention", [self.attention], ATTENTIONS),
+            ("attention_resolutions", self.attention_resolutions, levels),
+        ):
+            if not set(value) <= set(choices):
+                raise ValueError(f"{name} = {getattr(self, name)!r}: choose from {', '.join(map(str, choices))}")
+        super().__post_init__()
 
     def _embedding(self, lattice: jax.Array, logsnr: jax.Array, cond: dict[str, jax.Array]) -> jax.Array:
         size = 4 * self.base_channels

@@ -1,0 +1,299 @@
+"""The network: shapes and gradients at every size, its convolutions against plain ones, and what it listens to."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from unimat_jax import models
+from unimat_jax.conditioning import make_condition
+from unimat_jax.errors import UserError
+from unimat_jax.models import unet3d
+
+TINY = {"base_channels": 4, "channel_multipliers": (1, 2), "num_res_blocks": 1, "head_dim": 4}
+BATCH, PROPERTIES = 2, 2
+
+
+def inputs(grid, seed=0, lattice_size=6):
+    rng = np.random.default_rng(seed)
+    normal = functools.partial(rng.normal, size=None)
+    cond = make_condition(
+        jnp.asarray(rng.integers(0, 2, (BATCH, *grid)), jnp.float32),
+        jnp.array([1.0, 0.0]),
+        jnp.asarray(rng.integers(0, 2, (BATCH, *grid[1:])), jnp.float32),
+        jnp.array([0.0, 1.0]),
+        jnp.asarray(normal(size=(BATCH, PROPERTIES)), jnp.float32),
+        jnp.array([[1.0, 0.0], [1.0, 1.0]]),
+    )
+    x, lattice = normal(size=(BATCH, *grid, 3)), normal(size=(BATCH, lattice_size))
+    return jnp.asarray(x, jnp.float32), jnp.asarray(lattice, jnp.float32), jnp.array([-3.0, 5.0]), cond
+
+
+def network(**settings):
+    return models.create("unet3d", **TINY | settings)
+
+
+def shapes_of(net, arguments):
+    return jax.eval_shape(lambda: net.init(jax.random.key(0), *arguments)["params"])
+
+
+def random_params(shapes, seed=0):
+    """Nothing is zero, as it would be at initialisation: every parameter matters. No compilation either."""
+    rng = np.random.default_rng(seed)
+
+    def one(leaf):
+        fan_in = max(1, int(np.prod(leaf.shape[:-1])))
+        return jnp.asarray(rng.normal(size=leaf.shape) / np.sqrt(fan_in) + (leaf.ndim == 1), jnp.float32)
+
+    return jax.tree.map(one, shapes)
+
+
+CASES = {
+    "9x18": ((3, 9, 18), {"channel_multipliers": (1, 1, 2), "attention_resolutions": (1, 9)}),
+    "9x18, L = 1": ((1, 9, 18), {"place_embedding": False, "attention_resolutions": ()}),
+    "6x18": ((1, 6, 18), {"attention": "full", "attention_resolutions": (3,), "base_channels": 6, "head_dim": 5}),
+    "7x17": ((3, 7, 17), {"convolution": "full", "attention_resolutions": (3,), "coordinate_frequencies": 2}),
+    "1x1": ((3, 1, 1), {"convolution": "plane", "attention": "full", "num_res_blocks": 2, "channel_multipliers": (1,)}),
+    "1x1, L = 1": ((1, 1, 1), {}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_shapes_and_a_finite_gradient_for_every_parameter(case):
+    grid, settings = CASES[case]
+    net, arguments = network(**settings), inputs(grid)
+    params = random_params(shapes_of(net, arguments))
+    weights = inputs(grid, seed=1)[:2]
+
+    @jax.jit
+    def run(params):
+        def loss(params):
+            outputs = net.apply({"params": params}, *arguments)
+            return sum(jnp.sum(w * o) for w, o in zip(weights, outputs, strict=True)), outputs
+
+        return jax.grad(loss, has_aux=True)(params)
+
+    gradients, (x, lattice) = run(params)
+    assert x.shape == (BATCH, *grid, 3) and lattice.shape == (BATCH, 6)
+    assert x.dtype == lattice.dtype == jnp.float32
+    assert np.isfinite(x).all() and np.isfinite(lattice).all()
+    silent = []
+    for path, gradient in jax.tree_util.tree_leaves_with_path(gradients):
+        assert np.isfinite(gradient).all(), jax.tree_util.keystr(path)
+        if not np.any(gradient):
+            silent.append(jax.tree_util.keystr(path))
+    # The weights of a mean over one site are always 1.
+    assert all("pool" in name and "weights" in name for name in silent) and (not silent or grid == (1, 1, 1))
+
+
+@pytest.mark.parametrize(
+    ("grid", "planes"),
+    [
+        ((3, 9, 18), {(9, 18), (3, 6), (1, 2)}),
+        ((2, 7, 17), {(7, 17), (3, 6), (1, 2)}),
+        ((4, 1, 1), {(1, 1)}),
+        ((5, 1, 18), {(1, 18), (1, 6), (1, 2)}),
+    ],
+)
+def test_periods_and_groups_shrink_by_three_and_the_atom_axis_never(grid, planes):
+    net, arguments = network(channel_multipliers=(1, 1, 1)), inputs(grid)
+
+    def layers():
+        params = net.init(jax.random.key(0), *arguments)
+        return net.apply(params, *arguments, capture_intermediates=True, mutable=["intermediates"])[1]
+
+    outputs = [leaf.shape for leaf in jax.tree.leaves(jax.eval_shape(layers)) if leaf.ndim == 5]
+    assert len(outputs) > 20
+    assert {shape[1] for shape in outputs} == {grid[0]}
+    assert {shape[2:4] for shape in outputs} == planes
+
+
+def test_the_paper_sized_network():
+    """Appendix 6: 256 channels, multipliers 1, 2, 4, three blocks a resolution, attention at 1, 3 and 9."""
+    arguments = inputs((2, 9, 18))
+    shapes = shapes_of(models.create("unet3d"), arguments)
+    attention = [name for name in shapes if name.endswith("attention")]
+    assert len(attention) == 3 * 3 + 1 + 3 * 4
+    assert shapes["down0_0_block"]["conv_in"]["plane"].shape == (3, 3, 256, 256)
+    assert shapes["down2_2_block"]["conv_out"]["plane"].shape == (3, 3, 1024, 1024)
+    widths = [leaf.shape[-1] for leaf in jax.tree.leaves(shapes)]
+    assert max(widths) >= 3 * 1024
+
+
+def plain(images, kernel):
+    return jax.lax.conv_general_dilated(images, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+def shifted(x, kernel):
+    """out[l] = x[l - 1] k[0] + x[l] k[1] + x[l + 1] k[2], zeros beyond the ends."""
+    padded = jnp.pad(x, ((0, 0), (1, 1), (0, 0), (0, 0), (0, 0)))
+    l = x.shape[1]
+    return sum(padded[:, i : i + l] @ kernel[i] for i in range(3))
+
+
+def same_with_gradients(ours, theirs, x, kernel):
+    x, kernel = (jnp.asarray(a, jnp.float32) for a in (x, kernel))
+    shape = jax.eval_shape(theirs, x, kernel).shape
+    weight = np.random.default_rng(2).normal(size=shape).astype(np.float32)
+
+    def both(function):
+        y, pullback = jax.vjp(function, x, kernel)
+        return y, *pullback(weight)
+
+    for a, b in zip(*jax.jit(lambda: (both(ours), both(theirs)))(), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize("plane", [(1, 1), (1, 2), (2, 2), (1, 3), (3, 1), (4, 1), (2, 3)])
+def test_the_matrix_form_of_a_small_plane_is_the_convolution(plane):
+    rng = np.random.default_rng(0)
+    images, kernel = rng.normal(size=(6, *plane, 5)), rng.normal(size=(3, 3, 5, 4)) / 7
+    same_with_gradients(unet3d._plane_convolution, plain, images, kernel)
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 5, 6, 9])
+def test_the_convolution_over_atoms_in_both_forms(length):
+    rng = np.random.default_rng(0)
+    x, kernel = rng.normal(size=(2, length, 2, 3, 5)), rng.normal(size=(3, 5, 4)) / 4
+    same_with_gradients(unet3d._level_convolution, shifted, x, kernel)
+
+
+def test_a_full_convolution_is_the_sum_of_its_parts():
+    """A 3 x 3 x 3 kernel that is zero off the plane and off the atom axis is the axial one."""
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(2, 4, 5, 6, 3)), jnp.float32)
+    plane, levels = rng.normal(size=(3, 3, 3, 2)), rng.normal(size=(3, 3, 2))
+    kernel = np.zeros((3, 3, 3, 3, 2))
+    kernel[1] += plane
+    kernel[:, 1, 1] += levels
+    axial, full, flat = (unet3d.Conv(2, kind) for kind in ("axial", "full", "plane"))
+    bias = jnp.array([0.5, -1.0])
+    expected = full.apply({"params": {"full": {"kernel": jnp.asarray(kernel, jnp.float32), "bias": bias}}}, x)
+    f32 = functools.partial(jnp.asarray, dtype=jnp.float32)
+    found = axial.apply({"params": {"plane": f32(plane), "levels": f32(levels), "bias": bias}}, x)
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    only_plane = flat.apply({"params": {"plane": f32(plane), "bias": bias}}, x)
+    np.testing.assert_allclose(found - only_plane, shifted(x, f32(levels)), atol=1e-4)
+
+
+def test_what_the_network_listens_to():
+    """Each input changes both outputs of its own example and of no other."""
+    grid = (2, 2, 3)
+    net, arguments = network(attention_resolutions=(1,)), inputs(grid)
+    params = random_params(shapes_of(net, arguments))
+    run = jax.jit(lambda *arguments: net.apply({"params": params}, *arguments))
+    x, lattice = run(*arguments)
+    a_x, a_lattice, logsnr, cond = arguments
+    changed = {
+        "x": (a_x.at[0, 1, 0, 2, 1].add(0.5), a_lattice, logsnr, cond),
+        "lattice": (a_x, a_lattice.at[0, 3].add(0.5), logsnr, cond),
+        "logsnr": (a_x, a_lattice, logsnr.at[0].add(0.5), cond),
+    }
+    for name, value in cond.items():
+        changed[name] = (a_x, a_lattice, logsnr, {**cond, name: value.at[0].add(0.5)})
+    assert len(changed) == 9
+    for name, others in changed.items():
+        new_x, new_lattice = run(*others)
+        assert np.abs(new_x[0] - x[0]).max() > 1e-4 and np.abs(new_lattice[0] - lattice[0]).max() > 1e-4, name
+        np.testing.assert_allclose(new_x[1], x[1], atol=1e-5, err_msg=name)
+        np.testing.assert_allclose(new_lattice[1], lattice[1], atol=1e-5, err_msg=name)
+
+
+def inputs_of(net, name, params, *arguments):
+    """What the block of that name gets."""
+    found = []
+
+    def watch(next_function, args, kwargs, context):
+        if context.module.name == f"{name}_block" and context.method_name == "__call__":
+            found.append(args[0])
+        return next_function(*args, **kwargs)
+
+    with nn.intercept_methods(watch):
+        net.apply({"params": params}, *arguments)
+    return found[0]
+
+
+def test_only_the_place_embedding_tells_two_places_apart():
+    """Without it, what stands three columns on comes out three columns on, far from the border."""
+    difference = {}
+    for embedding in (True, False):
+        net = network(channel_multipliers=(1,), attention_resolutions=(), place_embedding=embedding)
+        x, lattice, logsnr, cond = inputs((1, 1, 24))
+        cond = {**cond, "counts": 0 * cond["counts"], "elements": 0 * cond["elements"]}
+        params = random_params(shapes_of(net, (x, lattice, logsnr, cond)))
+        x = jnp.zeros_like(x).at[:, :, :, 10].set(1.0)
+        rest = (params, lattice, logsnr, cond)
+        embedded = jax.jit(lambda x, n=net, r=rest: inputs_of(n, "down0_0", r[0], x, *r[1:]))
+        here, there = embedded(x), embedded(jnp.roll(x, 3, 3))
+        difference[embedding] = float(jnp.abs(there[:, :, :, 13] - here[:, :, :, 10]).max())
+    assert difference[False] < 1e-5 and difference[True] > 0.1
+
+
+def test_dropout_only_while_training():
+    block = unet3d.ResBlock(4, 0.5, "plane")
+    x, embedding = inputs((2, 1, 2))[0][..., :2], jnp.ones((BATCH, 8))
+    params = random_params(jax.eval_shape(lambda: block.init(jax.random.key(0), x, embedding, False)["params"]))
+
+    def run(train, seed):
+        return np.asarray(block.apply({"params": params}, x, embedding, train, rngs={"dropout": jax.random.key(seed)}))
+
+    np.testing.assert_array_equal(run(False, 0), run(False, 1))
+    assert np.abs(run(True, 0) - run(True, 1)).max() > 0.1
+    np.testing.assert_array_equal(run(True, 0), run(True, 0))
+
+
+def test_every_block_of_the_network_gets_the_train_flag():
+    arguments, net = inputs((1, 1, 2)), network(dropout_rate=0.3)
+    params = shapes_of(net, arguments)
+
+    def dropouts(train):
+        found = []
+
+        def watch(next_function, args, kwargs, context):
+            if isinstance(context.module, nn.Dropout):
+                found.append((context.module.rate, context.module.deterministic))
+            return next_function(*args, **kwargs)
+
+        with nn.intercept_methods(watch):
+            rngs = {"dropout": jax.random.key(0)}
+            jax.eval_shape(lambda p: net.apply({"params": p}, *arguments, train=train, rngs=rngs), params)
+        return found
+
+    number = sum(name.endswith("block") for name in params)
+    assert dropouts(True) == [(0.3, False)] * number and dropouts(False) == [(0.3, True)] * number and number == 8
+
+
+def test_at_initialisation_the_prediction_is_zero():
+    arguments = inputs((2, 1, 2))
+    net = network(channel_multipliers=(1,), attention_resolutions=())
+    x, lattice = jax.jit(lambda: net.apply(net.init(jax.random.key(0), *arguments), *arguments))()
+    assert not x.any() and not lattice.any()
+
+
+def test_the_time_embedding_tells_all_noise_levels_apart():
+    embedding = np.asarray(unet3d.sinusoidal_embedding(jnp.linspace(-20, 20, 401), 64))
+    assert embedding.shape == (401, 64) and np.abs(embedding).max() <= 1
+    distances = np.linalg.norm(embedding[:, None] - embedding[None], axis=-1) + 9 * np.eye(401)
+    assert distances.min() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("transformer", {}, r"config.model.name = 'transformer': choose from \['unet3d'\]"),
+        ("unet3d", {"base_chanels": 8}, r"config.model: .*base_chanels"),
+        ("unet3d", {"convolution": "2d"}, r"config.model: convolution = '2d': choose from axial, full, plane"),
+        ("unet3d", {"attention": "none"}, r"config.model: attention = 'none': choose from factorised, full"),
+        (
+            "unet3d",
+            {"attention_resolutions": (2, 3)},
+            r"config.model: attention_resolutions = \(2, 3\): .* 1, 3",
+        ),
+    ],
+)
+def test_what_does_not_exist_is_named(name, settings, message):
+    with pytest.raises(UserError, match=message):
+        models.create(name, **settings)
