@@ -21,6 +21,8 @@ def get_config():
     config.model.convolution = "plane"  # the L axis mixes by attention only: a fifth less time
     config.model.num_res_blocks = 2
     config.model.attention_resolutions = (3, 9)
+    config.model.attention = "full"  # of 36 and 6 sites: every atom meets every other at once
+    config.model.coordinate_frequencies = 3
     config.model.head_dim = 32
     config.model.dropout_rate = 0.0
     config.diffusion.prediction_type = "v"

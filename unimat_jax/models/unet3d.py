@@ -236,10 +236,12 @@ class UNet3D(nn.Module):
             jnp.broadcast_to(cond["elements"][:, None, ..., None], (b, l, h, w, 1)),
             jnp.broadcast_to(per_example[:, None, None, None], (b, l, h, w, per_example.shape[-1])),
         ]
-        y = Conv(self.base_channels, self.convolution, name="conv_in")(jnp.concatenate(parts, -1))
+        # Not a 3 x 3 convolution: its initial weights, set for nine full sites, would hand on a lone atom's coordinates
+        # ten times smaller than the embedding of its place.
+        y = nn.Dense(self.base_channels, name="sites_in")(jnp.concatenate(parts, -1))
         if self.place_embedding:
             shape = (h, w, self.base_channels)
-            y = y + self.param("place_embedding", nn.initializers.normal(1.0), shape)
+            y = y + self.param("place_embedding", nn.initializers.normal(0.5), shape)
         return y
 
     @nn.compact
