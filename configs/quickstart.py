@@ -19,6 +19,8 @@ def get_config():
     config.model.channel_multipliers = (1, 4, 8)
     config.model.num_res_blocks = 1
     config.model.attention_resolutions = (3, 9)
+    config.model.attention = "full"
+    config.model.coordinate_frequencies = 3
     config.model.head_dim = 32
     config.model.dropout_rate = 0.0
     config.model.convolution = "plane"
