@@ -43,6 +43,7 @@ def test_variance_is_preserved_and_logsnr_is_what_it_says():
     np.testing.assert_allclose(alpha**2 + sigma**2, 1.0, atol=1e-6)
     np.testing.assert_allclose(2 * jnp.log(alpha / sigma), logsnr, atol=1e-4)
     assert diffusion.alpha_sigma(logsnr, 5)[0].shape == (41, 1, 1, 1, 1)
+    assert diffusion.alpha_sigma(logsnr[0], 5)[0].shape == ()
 
 
 @pytest.mark.parametrize("kind", PREDICTION_TYPES)

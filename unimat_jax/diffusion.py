@@ -28,8 +28,9 @@ def time_of_logsnr(logsnr: jax.Array, logsnr_min: float = -20.0, logsnr_max: flo
 
 
 def alpha_sigma(logsnr: jax.Array, ndim: int = 1) -> tuple[jax.Array, jax.Array]:
-    """alpha and sigma of `logsnr` [B], shaped [B, 1, ...] to go with an array of `ndim` axes."""
-    logsnr = logsnr.reshape(logsnr.shape + (1,) * (ndim - logsnr.ndim))
+    """alpha and sigma of `logsnr` [B], shaped [B, 1, ...] to go with an array of `ndim` axes; scalars of a scalar."""
+    if logsnr.ndim:
+        logsnr = logsnr.reshape(logsnr.shape + (1,) * (ndim - logsnr.ndim))
     return jnp.sqrt(jax.nn.sigmoid(logsnr)), jnp.sqrt(jax.nn.sigmoid(-logsnr))
 
 
