@@ -11,7 +11,8 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
-import shutil
+import math
+import re
 import sys
 import time
 import zipfile
@@ -56,8 +57,9 @@ def parser() -> Parser:
     p.add_argument("--batch_size", type=int, help="samples at a time; changes speed and memory only")
     p.add_argument("--step", type=int, help="of the checkpoint; default: the latest")
     p.add_argument("--raw_params", action="store_true", help="raw parameters in place of their moving average")
-    p.add_argument("--resume", action="store_true", help="go on with an interrupted run in --output_dir")
-    p.add_argument("--overwrite", action="store_true", help="empty --output_dir first")
+    existing = p.add_mutually_exclusive_group()
+    existing.add_argument("--resume", action="store_true", help="go on with an interrupted run in --output_dir")
+    existing.add_argument("--overwrite", action="store_true", help="delete the run in --output_dir first")
     return p
 
 
@@ -68,8 +70,10 @@ def conditions(texts: Sequence[str]) -> dict[str, float]:
         name, _, value = text.partition("=")
         try:
             result[name] = float(value)
-        except ValueError as error:
-            raise UserError(f"--condition={text}: write NAME=NUMBER, as in band_gap=1.5") from error
+        except ValueError:
+            result[name] = math.nan
+        if not math.isfinite(result[name]):
+            raise UserError(f"--condition={text}: write NAME=NUMBER, as in band_gap=1.5")
     return result
 
 
@@ -108,6 +112,19 @@ def row_of(sample: Sample, seed: int, condition: Mapping[str, float]) -> tuple[d
     return {**row, **describe(sample.crystal), **verdicts}, validity
 
 
+def whole_frames(extxyz: str) -> list[tuple[str, str]]:
+    """(uid, text) of each frame, up to one that was cut off."""
+    lines, frames, start = extxyz.splitlines(keepends=True), [], 0
+    while start < len(lines) and lines[start].strip().isdigit():
+        end = start + int(lines[start]) + 2
+        if end > len(lines) or not lines[end - 1].endswith("\n"):
+            break
+        uid = re.search(r'\buid="?([^\s"]+)', lines[start + 1])
+        frames.append((uid[1] if uid else "", "".join(lines[start:end])))
+        start = end
+    return frames
+
+
 class Output:
     """The output directory. Each batch is on disk when the next one starts: frames first, then the manifest's rows."""
 
@@ -122,28 +139,42 @@ class Output:
                 return
             if not overwrite:
                 raise UserError(f"--output_dir={directory} is not empty: add --resume or --overwrite, or name another")
-            if not (directory / CONFIG).exists():
+            if "requests_hash" not in self._config_there():
                 raise UserError(f"--output_dir={directory} holds something else than generated crystals: name another")
-            shutil.rmtree(directory)
+            for name in (EXTXYZ, CIF_ZIP, MANIFEST, CONFIG):  # what somebody else put there stays
+                (directory / name).unlink(missing_ok=True)
         directory.mkdir(parents=True, exist_ok=True)
         (directory / CONFIG).write_text(json.dumps(config, indent=1) + "\n")
 
+    def _config_there(self) -> dict[str, Any]:
+        try:
+            return json.loads((self.directory / CONFIG).read_text())
+        except (OSError, ValueError):
+            return {}
+
     def _continue(self, config: Mapping[str, Any]) -> None:
-        before = json.loads((self.directory / CONFIG).read_text()) if (self.directory / CONFIG).exists() else {}
+        """Keeps the samples before the first one of which the row or the frame is not whole."""
+        before = self._config_there()
+        if "requests_hash" not in before:
+            raise UserError(
+                f"--resume: {self.directory} holds no interrupted run of this program: name another directory"
+            )
         changed = [k for k in config if k not in ("packages", "created") and before.get(k) != config[k]]
         if changed:
             raise UserError(f"--resume: {self.directory} was made with another {', '.join(changed)}: use the same")
-        import ase.io
-
-        manifest = self.directory / MANIFEST
-        text = manifest.read_text() if manifest.exists() else ""
-        self.rows = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+        manifest, extxyz = self.directory / MANIFEST, self.directory / EXTXYZ
+        lines = manifest.read_text().splitlines(keepends=True) if manifest.exists() else []
+        frames = iter(whole_frames(extxyz.read_text()) if extxyz.exists() else [])
+        kept = []
+        for row in (json.loads(line) for line in lines if line.endswith("\n")):
+            if "formula" in row:
+                uid, text = next(frames, ("", ""))
+                if uid != row["uid"]:
+                    break
+                kept.append(text)
+            self.rows.append(row)
         manifest.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
-        known = {row["uid"] for row in self.rows}
-        extxyz = self.directory / EXTXYZ
-        frames: Any = ase.io.read(extxyz, index=":") if extxyz.exists() and extxyz.stat().st_size else []
-        kept = [Crystal.from_ase(f, f.info["uid"]) for f in frames if f.info.get("uid") in known]
-        extxyz.write_text("".join(crystal.to_extxyz() for crystal in kept))
+        extxyz.write_text("".join(kept))
 
     def add(self, crystals: Sequence[Crystal], rows: Sequence[dict[str, Any]]) -> None:
         with (self.directory / EXTXYZ).open("a") as file:
@@ -160,9 +191,11 @@ class Output:
         frames: Any = ase.io.read(extxyz, index=":") if extxyz.exists() and extxyz.stat().st_size else []
         crystals = [Crystal.from_ase(frame, frame.info["uid"]) for frame in frames]
         partial = self.directory / (CIF_ZIP + ".partial")
-        with zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED) as archive:
+        with zipfile.ZipFile(partial, "w") as archive:
             for crystal in crystals:
-                archive.writestr(f"{crystal.uid}.cif", crystal.to_cif())
+                member = zipfile.ZipInfo(f"{crystal.uid}.cif")  # with no date: the same crystals are the same bytes
+                member.compress_type, member.external_attr = zipfile.ZIP_DEFLATED, 0o644 << 16
+                archive.writestr(member, crystal.to_cif())
         partial.replace(self.directory / CIF_ZIP)
         return crystals
 
@@ -236,6 +269,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         path, per_composition = arguments.compositions_from, arguments.samples_per_composition
         requests = requests_from_files(generator, path, per_composition, arguments.num_samples)
     else:
+        if arguments.samples_per_composition != 1:
+            raise UserError("--samples_per_composition goes with --compositions_from; --num_samples is the total else")
         number = 16 if arguments.num_samples is None else arguments.num_samples
         units = arguments.num_formula_units
         requests = generator.requests(number, num_formula_units=units, seed=arguments.seed, **asked)

@@ -104,17 +104,19 @@ class Generator:
     ) -> list[Request]:
         """One request a sample. Raises UserError for what the model cannot hold, and for two compositions at once."""
         given = [name for name, value in (("formula", formula), ("chemical_system", chemical_system),
-                                          ("elements", elements)) if value]  # fmt: skip
+                                          ("elements", elements)) if value is not None]  # fmt: skip
         if len(given) > 1:
             raise UserError(f"--{given[0]} and --{given[1]} together: give one of them")
         if num_samples < 1:
             raise UserError(f"--num_samples={num_samples}: give a number above 0")
-        if formula:
+        if formula is None and num_formula_units != "1":
+            raise UserError(f"--num_formula_units={num_formula_units}: units of which --formula?")
+        if formula is not None:
             formulas = [f.strip() for f in formula.split(",")] if isinstance(formula, str) else list(formula)
             return formula_requests(formulas, parse_units(num_formula_units), num_samples, seed, self.spec)
-        if chemical_system:
+        if chemical_system is not None:
             return element_requests("chemical_system", chemical_system, num_samples, self.spec)
-        if elements:
+        if elements is not None:
             return element_requests("elements", elements, num_samples, self.spec)
         return [Request("none")] * num_samples
 
@@ -145,21 +147,23 @@ class Generator:
         seed: int,
         start: int = 0,
     ) -> Iterator[list[Sample]]:
-        """Batches of samples start, start + 1, ... of the requests. Sample i depends on seed, i and its request."""
+        """Batches of samples start, start + 1, ... of the requests. Sample i depends on seed, i and its request; to the
+        last bit also on its place in its batch, so that a batch that was begun is sampled whole again."""
+        if start >= len(requests):
+            return
         size = min(settings.batch_size, len(requests))
         size += -size % self._mesh.size
         values, given = self.properties(condition)
         run = self._sampler(settings, size)
         key = jax.random.fold_in(jax.random.key(seed), 1)
-        for first in range(start, len(requests), size):
+        for first in range(start - start % size, len(requests), size):
             part = [requests[min(i, len(requests) - 1)] for i in range(first, first + size)]
             arrays = _conditions(part, self.spec, values, given)
             arrays["indices"] = np.arange(first, first + size, dtype=np.int32)
             placed = sharding.to_devices(arrays, sharding.batch_sharding(self._mesh))
             x, lattice = (np.asarray(a) for a in jax.device_get(run(self.params, key, placed)))
-            yield [
-                self._sample_of(first + i, part[i], x[i], lattice[i]) for i in range(min(size, len(requests) - first))
-            ]
+            wanted = range(max(start - first, 0), min(size, len(requests) - first))
+            yield [self._sample_of(first + i, part[i], x[i], lattice[i]) for i in wanted]
 
     @functools.lru_cache(maxsize=4)  # noqa: B019 - a generator lives as long as its compiled samplers
     def _sampler(self, settings: SamplerSettings, size: int) -> Any:

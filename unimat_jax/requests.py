@@ -57,7 +57,8 @@ def parse_formula(formula: str) -> dict[int, int]:
         counts = {z: n for z, n in stack[0].items() if n}
         if position == len(formula) and len(stack) == 1 and counts:
             return counts
-    raise UserError(f"--formula={formula}: not understood at {formula[position:]!r}; write whole numbers, as in SrTiO3")
+    at = repr(formula[position:]) if formula[position:] else "its end"
+    raise UserError(f"--formula={formula}: not understood at {at}; write it with whole numbers, as in SrTiO3, Ca(OH)2")
 
 
 def parse_units(text: str) -> range:
