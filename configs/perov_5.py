@@ -18,6 +18,7 @@ def get_config():
     config.data.random_shift = False
     config.data.origin_shift = 0.25
     config.model.base_channels = 32
+    config.model.channel_multipliers = (1, 3, 4)
     config.model.convolution = "plane"  # the L axis mixes by attention only: a fifth less time
     config.model.num_res_blocks = 2
     config.model.attention_resolutions = (3, 9)
@@ -33,10 +34,10 @@ def get_config():
     config.optimizer.schedule = "cosine"
     config.optimizer.warmup_steps = 200
     config.optimizer.ema_decay = 0.999
-    config.train.num_steps = 5_000
+    config.train.num_steps = 4_500
     config.train.batch_size = 64
     config.train.checkpoint_every = 500
     config.train.eval_every = 1_000
-    config.train.sample_every = 2_500
+    config.train.sample_every = 1_500
     config.sample.num_steps = 100
     return config

@@ -39,11 +39,16 @@ def make_condition(
     }
 
 
-def free_sites(cond: Condition, spec: UniMatSpec) -> jax.Array:
-    """Sites [B, L, H, W] that the condition leaves to the diffusion: never a place without an element."""
+def possible_sites(cond: Condition) -> jax.Array:
+    """Sites [B, L, H, W] at which the condition allows an atom."""
     elements = jnp.where(cond["elements_given"][:, None, None] > 0, cond["elements"], 1.0)[:, None]
     counts = jnp.where(cond["counts_given"][:, None, None, None] > 0, cond["counts"], 1.0)
-    return (elements * counts > 0) & is_element(spec)
+    return elements * counts > 0
+
+
+def free_sites(cond: Condition, spec: UniMatSpec) -> jax.Array:
+    """Sites [B, L, H, W] that the condition leaves to the diffusion: never a place without an element."""
+    return possible_sites(cond) & is_element(spec)
 
 
 def training_condition(

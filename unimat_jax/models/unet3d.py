@@ -13,6 +13,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from unimat_jax.conditioning import possible_sites
+
 SCALE = 3
 """Down-sampling factor of H and W per level: attention resolutions 1, 3, 9 (paper, appendix 6)."""
 CONVOLUTIONS, ATTENTIONS = ("axial", "full", "plane"), ("factorised", "full")
@@ -103,42 +105,55 @@ class ResBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention over axis 1 of [N, T, C], residual."""
+    """Multi-head self-attention over axis 1 of [N, T, C], residual. Only tokens with `mask` [N, T] are attended to."""
 
     head_dim: int
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
         number, tokens, channels = x.shape
         heads = next(n for n in range(max(1, channels // self.head_dim), 0, -1) if channels % n == 0)
         qkv = nn.Dense(3 * channels, use_bias=False, name="qkv")(_norm("norm", channels)(x))
         q, k, v = (a.reshape(number, tokens, heads, -1) for a in jnp.split(qkv, 3, -1))
-        y = jax.nn.dot_product_attention(q, k, v).reshape(x.shape)
+        y = jax.nn.dot_product_attention(q, k, v, mask=mask[:, None, None, :]).reshape(x.shape)
         return x + nn.Dense(channels, kernel_init=_zeros, name="out")(y)
 
 
 class GridAttention(nn.Module):
-    """Attention over the tensor: "factorised" (H W within each l, then L within each place) or "full" (all sites)."""
+    """Attention over the tensor: "factorised" (H W within each l, then L within each place) or "full" (all sites).
+
+    `mask` [B, L, H, W]: sites that may hold an atom; the others have nothing to tell.
+    """
 
     head_dim: int
     kind: str
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
         b, l, h, w, c = x.shape
         if self.kind == "full":
-            return Attention(self.head_dim, name="sites")(x.reshape(b, l * h * w, c)).reshape(x.shape)
+            sites = x.reshape(b, l * h * w, c)
+            return Attention(self.head_dim, name="sites")(sites, mask.reshape(b, -1)).reshape(x.shape)
         if h * w > 1:
-            x = Attention(self.head_dim, name="places")(x.reshape(b * l, h * w, c)).reshape(x.shape)
+            places = x.reshape(b * l, h * w, c)
+            x = Attention(self.head_dim, name="places")(places, mask.reshape(b * l, -1)).reshape(x.shape)
         if l > 1:
             y = x.reshape(b, l, h * w, c).swapaxes(1, 2).reshape(b * h * w, l, c)
-            y = Attention(self.head_dim, name="levels")(y)
+            y = Attention(self.head_dim, name="levels")(y, mask.reshape(b, l, -1).swapaxes(1, 2).reshape(-1, l))
             x = y.reshape(b, h * w, l, c).swapaxes(1, 2).reshape(x.shape)
         return x
 
 
 def _factor(size: int) -> int:
     return SCALE if size > 1 else 1
+
+
+def _coarser(mask: jax.Array) -> jax.Array:
+    """True [B, L, ceil(H / 3), ceil(W / 3)] where any site of the patch is."""
+    b, l, h, w = mask.shape
+    fh, fw = _factor(h), _factor(w)
+    mask = jnp.pad(mask, ((0, 0), (0, 0), (0, -h % fh), (0, -w % fw)))
+    return mask.reshape(b, l, mask.shape[2] // fh, fh, mask.shape[3] // fw, fw).any((3, 5))
 
 
 class Downsample(nn.Module):
@@ -172,14 +187,15 @@ class Upsample(nn.Module):
 
 
 class SitePool(nn.Module):
-    """Weighted means over all sites, one a head, weights from a softmax: [B, L, H, W, C] -> [B, heads * C]."""
+    """Weighted means over the sites of `mask`, one a head, weights from a softmax: [B, L, H, W, C] -> [B, heads * C]."""
 
     heads: int
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
         sites = x.reshape(x.shape[0], -1, x.shape[-1])
-        weights = nn.softmax(nn.Dense(self.heads, name="weights")(sites), axis=1)
+        logits = nn.Dense(self.heads, name="weights")(sites)
+        weights = nn.softmax(jnp.where(mask.reshape(*sites.shape[:2], 1), logits, -1e9), axis=1)
         return jnp.einsum("bsh,bsc->bhc", weights, sites).reshape(x.shape[0], -1)
 
 
@@ -251,10 +267,14 @@ class UNet3D(nn.Module):
         embedding = self._embedding(lattice, logsnr, cond)
         h = self._input(x, lattice, cond)
 
+        masks = [possible_sites(cond)]
+        for _ in self.channel_multipliers[1:]:
+            masks.append(_coarser(masks[-1]))
+
         def blocks(h, name, features, level):
             h = ResBlock(features, self.dropout_rate, self.convolution, name=f"{name}_block")(h, embedding, train)
             if SCALE**level in self.attention_resolutions:
-                h = GridAttention(self.head_dim, self.attention, name=f"{name}_attention")(h)
+                h = GridAttention(self.head_dim, self.attention, name=f"{name}_attention")(h, masks[level])
             return h
 
         skips, last = [h], len(self.channel_multipliers) - 1
@@ -268,7 +288,7 @@ class UNet3D(nn.Module):
                 skips.append(h)
         h = blocks(h, "middle_0", h.shape[-1], last)
         h = ResBlock(h.shape[-1], self.dropout_rate, self.convolution, name="middle_1_block")(h, embedding, train)
-        pooled = [SitePool(4, name="pool_middle")(h)]
+        pooled = [SitePool(4, name="pool_middle")(h, masks[last])]
         for level in reversed(range(last + 1)):
             features = self.base_channels * self.channel_multipliers[level]
             for i in range(self.num_res_blocks + 1):
@@ -276,7 +296,7 @@ class UNet3D(nn.Module):
             if level:
                 h = Upsample(features, (skips[-1].shape[2], skips[-1].shape[3]), name=f"up{level}")(h)
         h = nn.silu(_norm("norm_out", h.shape[-1])(h))
-        pooled.append(SitePool(8, name="pool_out")(h))
+        pooled.append(SitePool(8, name="pool_out")(h, masks[0]))
         x_pred = Conv(x.shape[-1], self.convolution, _zeros, name="conv_out")(h)
         pooled = jnp.concatenate([*pooled, embedding, lattice], -1)
         hidden = nn.Dense(4 * self.base_channels, name="lattice_hidden")(pooled)
