@@ -46,11 +46,13 @@ def load_config(arguments: Sequence[str]) -> tuple[Any, str, bool]:
         elif i and arguments[i - 1] in ("--config", "-config"):
             argument = config_path(argument)
         resolved.append(argument)
-    config_flags.DEFINE_config_file("config", help_string="a file or name", flag_values=values)
+    words = ["unimat train", *resolved]
+    # Without sys_argv it would look for the fields to change in the arguments of the process.
+    config_flags.DEFINE_config_file("config", help_string="a file or name", flag_values=values, sys_argv=words)
     flags.DEFINE_string("workdir", None, "where checkpoints and metrics go", flag_values=values)
     flags.DEFINE_boolean("help", False, "this text", flag_values=values, short_name="h")
     try:
-        rest = values(["unimat train", *resolved])[1:]
+        rest = values(words)[1:]
     except (flags.Error, AttributeError, KeyError, ValueError, TypeError, SyntaxError, ImportError) as error:
         if isinstance(error, UserError):
             raise
