@@ -28,8 +28,16 @@ def python(code: str, *arguments: str) -> str:
     return done.stdout.strip()
 
 
+@pytest.fixture
+def optimised():
+    """As users have it: conftest.py switches most optimisations off."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
+
+
 @pytest.mark.parametrize("size", [8_193, 32_769, 65_537, 300_001])
-def test_jit_agrees_with_eager_on_a_vmapped_product_and_sum(size):
+def test_jit_agrees_with_eager_on_a_vmapped_product_and_sum(size, optimised):
     """jax 0.10.2 on CPU fails this at 32,769 rows: 1,065,369,600 for 1,073,741,824 (jax-ml/jax#39103)."""
 
     def squared_lengths(rows):
