@@ -132,6 +132,15 @@ def test_all_randomness_comes_from_the_key_and_the_step(batch, step):
     assert float(run(later, batch, jax.random.key(0))[1]["train/loss"]) != loss
 
 
+def test_parameters_that_an_update_broke_show_in_the_same_step(batch):
+    """Its loss is that of the parameters before it: still finite."""
+    optimizer = optax.sgd(1e30)
+    state = create_state(lambda: {"a": jnp.array(0.5), "b": jnp.eye(6)}, optimizer)
+    run = functools.partial(train_step, objective=objective(linear), optimizer=optimizer, ema_decay=0.9)
+    _, metrics = jax.jit(run)(state, batch, jax.random.key(0))
+    assert np.isfinite(metrics["train/loss"]) and not np.isfinite(metrics["train/param_norm"])
+
+
 def test_evaluation_counts_each_real_example_once(batch):
     run = jax.jit(functools.partial(eval_step, objective=objective(linear)))
     params = {"a": jnp.array(0.5), "b": 0.3 * jnp.eye(6)}
