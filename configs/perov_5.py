@@ -22,7 +22,7 @@ def get_config():
     config.model.convolution = "plane"  # the L axis mixes by attention only: a fifth less time
     config.model.num_res_blocks = 2
     config.model.attention_resolutions = (3, 9)
-    config.model.attention = "full"  # of 36 and 6 sites: every atom meets every other at once
+    config.model.attention = "full"  # every atom meets every other at once
     config.model.coordinate_frequencies = 3
     config.model.head_dim = 32
     config.model.dropout_rate = 0.0
@@ -34,7 +34,7 @@ def get_config():
     config.optimizer.schedule = "cosine"
     config.optimizer.warmup_steps = 200
     config.optimizer.ema_decay = 0.999
-    config.train.num_steps = 4_500
+    config.train.num_steps = 8_000
     config.train.batch_size = 64
     config.train.checkpoint_every = 500
     config.train.eval_every = 1_000

@@ -187,7 +187,7 @@ class Upsample(nn.Module):
 
 
 class SitePool(nn.Module):
-    """Weighted means over the sites of `mask`, one a head, weights from a softmax: [B, L, H, W, C] -> [B, heads * C]."""
+    """Weighted means over the sites of `mask`, one a head, softmax weights: [B, L, H, W, C] -> [B, heads * C]."""
 
     heads: int
 
