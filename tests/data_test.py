@@ -91,7 +91,15 @@ def test_another_seed_is_another_order_and_other_augmentation(maker):
     assert (maker(0).indices(3) != maker(1).indices(3)).any()
     one, other = maker(0).batch_of(np.arange(SIZE), np.random.default_rng(0)), maker(0)(0)
     assert (one["coords"] != other["coords"]).any()
-    assert not np.array_equal(maker(0)(0)["coords"], maker(0)(9)["coords"])
+
+
+def test_each_batch_draws_its_own_augmentation(maker):
+    only_shift = {**NO_AUGMENTATION, "random_shift": True}
+    moved = [
+        (maker(augmentation=only_shift)(i)["coords"][:, 0] - maker(augmentation=NO_AUGMENTATION)(i)["coords"][:, 0]) % 2
+        for i in range(3)
+    ]
+    assert len({tuple(row) for batch in moved for row in batch.round(4)}) == 3 * SIZE
 
 
 @pytest.mark.parametrize("process_count", [2, 4])

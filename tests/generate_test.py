@@ -224,7 +224,7 @@ def test_check_reads_the_directory(finished, capsys):
     assert "10 structures" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("cut", ["between files", "in a frame", "in a row", "all", "archive", "row without frame"])
+@pytest.mark.parametrize("cut", ["between files", "in a frame", "in a number", "in a row", "all", "archive"])
 def test_an_interrupted_run_goes_on_to_the_same_files(finished, generator, tmp_path, monkeypatch, cut):
     """As if it was killed while the second batch was written."""
     directory, requests, _, params = finished
@@ -244,11 +244,30 @@ def test_an_interrupted_run_goes_on_to_the_same_files(finished, generator, tmp_p
     elif cut == "all":
         (again / MANIFEST).unlink()
         (again / EXTXYZ).unlink()
-    elif cut == "row without frame":
-        (again / EXTXYZ).write_text("")
+    elif cut == "in a number":  # the system lost what was written last, and the rows are on disk
+        (again / EXTXYZ).write_text(extxyz[:-4])
     run(generator, again, requests, {PROPERTY: -1.5}, seed=4, resume=True)
     for name in (MANIFEST, EXTXYZ, CIF_ZIP):
         assert (again / name).read_bytes() == (directory / name).read_bytes(), name
+
+
+def test_a_batch_that_was_begun_is_sampled_whole_again(generator, monkeypatch):
+    """The last bits of a sample depend on its place in the batch."""
+    sampled = []
+
+    def sampler(settings, size):
+        def run(params, key, arrays):
+            sampled.append(np.asarray(arrays["indices"]).tolist())
+            return np.full((size, *generator.spec.grid, 3), 0.3), np.zeros((size, 6))
+
+        return run
+
+    monkeypatch.setattr(generator, "_sampler", sampler)
+    requests = generator.requests(10)
+    batches = list(generator.sample(requests, generator.settings(), {}, seed=0, start=6))
+    assert sampled == [[4, 5, 6, 7], [8, 9, 10, 11]]
+    assert [[sample.index for sample in batch] for batch in batches] == [[6, 7], [8, 9]]
+    assert list(generator.sample(requests, generator.settings(), {}, seed=0, start=10)) == []
 
 
 def test_resuming_with_other_flags_names_them(finished, generator, tmp_path):

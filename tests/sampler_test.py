@@ -137,7 +137,7 @@ def test_forbidden_sites_end_at_null_and_look_like_noisy_null_sites_on_the_way()
         jax.debug.callback(lambda x, s: seen.append((float(s[0]), np.asarray(x))), x, logsnr)
         return exact(x, lattice, logsnr, cond)
 
-    x, _ = sample(number, watch, forced_null=jnp.asarray(forced), num_steps=6)
+    x, _ = sample(number, watch, forced_null=jnp.asarray(forced), num_steps=6, logsnr_max=8.0)
     jax.effects_barrier()
     assert (x[forced] == NULL_VALUE).all() and (x[~forced] > -2).all()
     for logsnr, state in sorted(seen, key=lambda pair: pair[0]):

@@ -126,6 +126,22 @@ def test_a_finished_run_says_so_and_changes_nothing(trained, tiny_data, capfd):
     assert {path: path.stat().st_mtime_ns for path in (trained / "checkpoints").rglob("*")} == before
 
 
+def test_the_training_set_is_evaluated_where_no_validation_crystal_fits(trained, tiny_data, monkeypatch, capfd):
+    train.train(tiny_run.config(tiny_data), trained)
+    assert "eval loss: on 10 crystals of the validation split\n" in capfd.readouterr().err
+    source = data.RecordSource(data.dataset_directory("starter", tiny_data), "validation")
+    validation = {record["material_id"] for record in source.read(range(len(source)))}
+    monkeypatch.setattr(data, "_fits", lambda record, spec: record["material_id"] not in sorted(validation)[:3])
+    train.train(tiny_run.config(tiny_data), trained)
+    assert (
+        "eval loss: on 7 crystals of the validation split; 3 do not fit the model's table or L\n"
+        in capfd.readouterr().err
+    )
+    monkeypatch.setattr(data, "_fits", lambda record, spec: record["material_id"] not in validation)
+    train.train(tiny_run.config(tiny_data), trained)
+    assert "eval loss: on 10 crystals of the train split\n" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
@@ -156,7 +172,7 @@ def test_a_run_that_blows_up_keeps_its_last_good_checkpoint(terminated, tiny_dat
     broken = lambda self, number: make(self, number) | ({"lattice": np.full((8, 6), np.nan)} if number == 6 else {})  # noqa: E731
     monkeypatch.setattr(data.BatchMaker, "__call__", broken)
     with pytest.raises(UserError, match=r"train/loss is nan, .* at step 7: lower config.optimizer") as caught:
-        train.train(tiny_run.config(tiny_data, train__checkpoint_every=1), workdir)
+        train.train(tiny_run.config(tiny_data, train__checkpoint_every=1, train__log_every=1000), workdir)
     assert str(workdir / "checkpoints") in str(caught.value)
     assert available_steps(workdir)[-1] == 6
     assert all(np.isfinite(array).all() for array in arrays(workdir, 6).values())

@@ -232,6 +232,20 @@ def test_only_the_place_embedding_tells_two_places_apart():
     assert difference[False] < 1e-5 and difference[True] > 0.1
 
 
+def test_lattice_and_condition_enter_at_every_site():
+    """As channels of the input, besides the embedding of the whole."""
+    net, arguments = network(channel_multipliers=(1,), attention_resolutions=()), inputs((1, 1, 3))
+    params = random_params(shapes_of(net, arguments))
+    x, lattice, logsnr, cond = arguments
+    embedded = jax.jit(lambda lattice, cond: inputs_of(net, "down0_0", params, x, lattice, logsnr, cond))
+    before = embedded(lattice, cond)
+    changed = {"lattice": embedded(lattice.at[:, 3].add(0.5), cond)}
+    for name in ("counts", "counts_given", "elements", "elements_given"):
+        changed[name] = embedded(lattice, {**cond, name: cond[name] + 0.5})
+    for name, after in changed.items():
+        assert np.abs(after - before).max(-1).min() > 1e-3, name
+
+
 def test_dropout_only_while_training():
     block = unet3d.ResBlock(4, 0.5, "plane")
     x, embedding = inputs((2, 1, 2))[0][..., :2], jnp.ones((BATCH, 8))
