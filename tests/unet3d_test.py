@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from unimat_jax import models
-from unimat_jax.conditioning import make_condition
+from unimat_jax.conditioning import make_condition, possible_sites
 from unimat_jax.errors import UserError
 from unimat_jax.models import unet3d
 
@@ -187,8 +187,13 @@ def test_what_the_network_listens_to():
     run = jax.jit(lambda *arguments: net.apply({"params": params}, *arguments))
     x, lattice = run(*arguments)
     a_x, a_lattice, logsnr, cond = arguments
+    possible = np.asarray(possible_sites(cond)[0])
+    site, elsewhere = np.argwhere(possible)[0], np.argwhere(~possible)
+    if len(elsewhere):  # what stands where the condition allows no atom is not looked at
+        unseen = run(a_x.at[0, *elsewhere[0], 1].add(0.5), a_lattice, logsnr, cond)
+        np.testing.assert_allclose(unseen[0][0][possible], x[0][possible], atol=1e-5)
     changed = {
-        "x": (a_x.at[0, 1, 0, 2, 1].add(0.5), a_lattice, logsnr, cond),
+        "x": (a_x.at[0, *site, 1].add(0.5), a_lattice, logsnr, cond),
         "lattice": (a_x, a_lattice.at[0, 3].add(0.5), logsnr, cond),
         "logsnr": (a_x, a_lattice, logsnr.at[0].add(0.5), cond),
     }
