@@ -34,7 +34,7 @@ def get_config():
     config.optimizer.learning_rate = 1e-3
     config.optimizer.schedule = "cosine"
     config.optimizer.warmup_steps = 200
-    config.optimizer.ema_decay = 0.998
+    config.optimizer.ema_decay = 0.999
     config.train.num_steps = 2_400
     config.train.batch_size = 64
     config.train.checkpoint_every = 500

@@ -227,7 +227,7 @@ def test_only_the_place_embedding_tells_two_places_apart():
     for embedding in (True, False):
         net = network(channel_multipliers=(1,), attention_resolutions=(), place_embedding=embedding)
         x, lattice, logsnr, cond = inputs((1, 1, 24))
-        cond = {**cond, "counts": 0 * cond["counts"], "elements": 0 * cond["elements"]}
+        cond = {name: 0 * value for name, value in cond.items()}  # nothing given: every site may hold an atom
         params = random_params(shapes_of(net, (x, lattice, logsnr, cond)))
         x = jnp.zeros_like(x).at[:, :, :, 10].set(1.0)
         rest = (params, lattice, logsnr, cond)
@@ -254,10 +254,12 @@ def test_lattice_and_condition_enter_at_every_site():
 def test_dropout_only_while_training():
     block = unet3d.ResBlock(4, 0.5, "plane")
     x, embedding = inputs((2, 1, 2))[0][..., :2], jnp.ones((BATCH, 8))
-    params = random_params(jax.eval_shape(lambda: block.init(jax.random.key(0), x, embedding, False)["params"]))
+    mask = jnp.ones(x.shape[:-1], bool)
+    params = random_params(jax.eval_shape(lambda: block.init(jax.random.key(0), x, mask, embedding, False)["params"]))
 
     def run(train, seed):
-        return np.asarray(block.apply({"params": params}, x, embedding, train, rngs={"dropout": jax.random.key(seed)}))
+        rngs = {"dropout": jax.random.key(seed)}
+        return np.asarray(block.apply({"params": params}, x, mask, embedding, train, rngs=rngs))
 
     np.testing.assert_array_equal(run(False, 0), run(False, 1))
     assert np.abs(run(True, 0) - run(True, 1)).max() > 0.1
