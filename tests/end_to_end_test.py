@@ -21,10 +21,9 @@ from unimat_jax import default_config
 def get_config():
     config = default_config.get_config()
     config.data.update(dataset="crystals", table="data", properties=("formation_energy_per_atom",))
-    config.model.update(base_channels=4, channel_multipliers=(1,), num_res_blocks=1, attention_resolutions=())
+    config.model.update(base_channels=4, channel_multipliers=(1,), num_res_blocks=0, attention_resolutions=())
     config.diffusion.update(prediction_type="v", null_weight=0.1)
     config.train.update(num_steps=4, batch_size=4, log_every=2, checkpoint_every=4, eval_every=4, eval_examples=8)
-    config.train.update(sample_every=4, sample_examples=2)
     config.sample.update(num_steps=3, batch_size=4)
     return config
 """
@@ -104,10 +103,10 @@ def test_the_report_tells_what_was_dropped_and_why(folder, prepared):
     assert "22 read, 20 kept, 2 dropped" in prepared and "disordered" in prepared
 
 
-def test_training_wrote_metrics_and_a_sampled_check(run_directory):
+def test_training_wrote_metrics(run_directory):
     rows = [json.loads(line) for line in (run_directory / "metrics.jsonl").read_text().splitlines()]
     merged = {name: value for row in rows for name, value in row.items()}
-    assert {"train/loss", "eval/loss", "sample/decoded", "sample/struct_valid"} <= set(merged)
+    assert {"train/loss", "eval/loss", "examples_per_sec"} <= set(merged)
     assert all(np.isfinite(row["train/loss"]) for row in rows if "train/loss" in row)
 
 

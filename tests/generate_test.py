@@ -377,13 +377,13 @@ def test_too_large_a_reference_is_named(generator, tmp_path):
 
 
 def test_the_program_on_one_device_gives_what_the_api_gives_on_four(generator, trained, tmp_path):
-    flags = ["--num_samples=5", "--formula=NaCl,K2O", "--seed=9", f"--condition={PROPERTY}=-2", "--guidance_weight=1"]
+    flags = ["--num_samples=5", "--formula=NaCl,K2O", "--seed=9", f"--condition={PROPERTY}=-2"]
     done = tiny_run.unimat("generate", f"--checkpoint={trained}", f"--output_dir={tmp_path / 'out'}", *flags)
     assert done.returncode == 0, done.stderr
     assert "generated 5: " in done.stdout and "5 structures" in done.stdout
     assert all(str(tmp_path / "out" / name) in done.stdout for name in (EXTXYZ, CIF_ZIP, MANIFEST, CONFIG))
     condition = {PROPERTY: -2.0}
-    samples = generator.generate(5, formula="NaCl,K2O", seed=9, condition=condition, guidance_weight=1.0)
+    samples = generator.generate(5, formula="NaCl,K2O", seed=9, condition=condition)
     assert [row["status"] for row in rows(tmp_path / "out")] == [s.status for s in samples]
     frames = {f.info["uid"]: Crystal.from_ase(f) for f in ase.io.read(tmp_path / "out" / EXTXYZ, ":")}
     made = [s for s in samples if s.crystal is not None]

@@ -70,7 +70,7 @@ def parts(tiny_data):
     augmentation = {"shuffle_atoms": True, "random_shift": True, "random_axes": True}
     source = data.RecordSource(directory, "train")
     batch = data.BatchMaker(source, spec, schema, batch_size=BATCH_SIZE, seed=0, augmentation=augmentation)(0)
-    network = models.create("unet3d", **TINY_MODEL | {"channel_multipliers": (1,), "attention_resolutions": (1,)})
+    network = models.create("unet3d", **TINY_MODEL | {"attention_resolutions": ()})
     arguments = init_arguments(spec, 1)
     shapes = jax.eval_shape(lambda: network.init(jax.random.key(0), *arguments)["params"])
     rng = np.random.default_rng(0)

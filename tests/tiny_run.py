@@ -14,7 +14,7 @@ from unimat_jax import default_config
 PROPERTY = "formation_energy_per_atom"
 ELEMENTS = ("Li", "Na", "K", "Rb", "Cs", "F", "Cl", "Br", "I", "Mg", "Ca", "Sr", "Ba", "O", "S", "Se", "Te")
 NUM_STEPS, BATCH_SIZE, NUM_SAMPLES = 12, 8, 4
-TINY_MODEL = {"base_channels": 4, "channel_multipliers": (1, 2), "num_res_blocks": 1, "attention_resolutions": (3,)}
+TINY_MODEL = {"base_channels": 4, "channel_multipliers": (1,), "num_res_blocks": 0, "attention_resolutions": (1,)}
 TINY_MODEL |= {"head_dim": 4}
 
 
@@ -35,7 +35,7 @@ def config(data_dir: Path | str, **changes: Any) -> Any:
     config.diffusion.update(prediction_type="v", null_weight=0.1)
     config.optimizer.update(learning_rate=3e-3, warmup_steps=2, ema_decay=0.9)
     config.train.update(num_steps=NUM_STEPS, batch_size=BATCH_SIZE, log_every=1, checkpoint_every=6, eval_every=6)
-    config.train.update(eval_examples=10)
+    config.train.update(eval_examples=10, sample_every=NUM_STEPS, sample_examples=4)
     config.sample.update(num_steps=4, batch_size=NUM_SAMPLES)
     for name, value in changes.items():
         section, field = name.split("__")

@@ -8,7 +8,7 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -171,13 +171,15 @@ def train(config: Any, workdir: str | Path) -> dict[str, float]:
 
     writer = MetricWriter(workdir, first)
 
+    sampled = sample_check(network, eval_batches[0], objective, config)
+
     def evaluate(step: int) -> dict[str, float]:
         begin = time.monotonic()
         batches_on_devices = (sharding.to_devices(batch, by_batch) for batch in eval_batches)
         sums = sum(np.asarray(jit_eval_step(state.ema_params, batch, eval_key)) for batch in batches_on_devices)
         result = eval_metrics(sums, config.diffusion.lattice_weight)
         if config.train.sample_every and (step % config.train.sample_every == 0 or step == config.train.num_steps):
-            result |= sample_check(network, state.ema_params, eval_batches[0], objective, config)
+            result |= sampled(state.ema_params)
         writer.write(step, result)
         if first:
             shown = [f"{k} {v:.4f}" for k, v in result.items() if "_t0" not in k]
@@ -249,30 +251,37 @@ def _check_finite(step: int, metrics: Mapping[str, jax.Array], workdir: Path) ->
 
 
 def sample_check(
-    network: Any, params: Any, batch: Mapping[str, np.ndarray], objective: Objective, config: Any
-) -> dict[str, float]:
-    """Samples crystals of the compositions of a validation batch: the shares that decode and that are valid."""
+    network: Any, batch: Mapping[str, np.ndarray], objective: Objective, config: Any
+) -> Callable[[Any], dict[str, float]]:
+    """A function of parameters that samples crystals of the compositions of a validation batch, with always the same
+    noise, and gives the shares that decode and that are valid."""
     spec, number = objective.spec, min(config.train.sample_examples, len(batch["slot"]))
     part = {name: jnp.asarray(value[:number]) for name, value in batch.items()}
     counts = occupancy(part, spec).astype(jnp.float32)
     given, none = jnp.ones(number), jnp.zeros(number)
     cond = make_condition(counts, given, counts.max(1), none, part["properties"], jnp.zeros_like(part["properties"]))
-    run = functools.partial(
-        sampler.sample, lambda *a: network.apply({"params": params}, *a), shape=(number, *spec.grid, 3),
-        lattice_size=spec.lattice_size, cond=cond, free=free_sites(cond, spec), indices=jnp.arange(number),
-        prediction_type=objective.prediction_type, logsnr_min=objective.logsnr_min, logsnr_max=objective.logsnr_max,
-        **_pick(config.sample, "num_steps", "method", "log_variance_interpolation"),
-    )  # fmt: skip
-    x, lattice = (np.asarray(a) for a in jax.jit(lambda key: run(key=key))(jax.random.key(0)))
     asked = np.asarray(counts.sum(1)).astype(int)
-    decoded = [decode(x[i], lattice[i], spec, counts=asked[i]) for i in range(number)]
-    crystals = [c for c in decoded if not isinstance(c, DecodeFailure)]
-    valid = sum(check(c).struct_valid for c in crystals)
-    return {
-        "sample/decoded": len(crystals) / number,
-        "sample/struct_valid": valid / number,
-        "sample/min_distance": float(np.median([c.min_distance for c in crystals])) if crystals else 0.0,
-    }
+
+    @jax.jit
+    def sample(params: Any) -> Any:
+        return sampler.sample(
+            functools.partial(network.apply, {"params": params}), jax.random.key(0), (number, *spec.grid, 3),
+            lattice_size=spec.lattice_size, cond=cond, free=free_sites(cond, spec), indices=jnp.arange(number),
+            prediction_type=objective.prediction_type, logsnr_min=objective.logsnr_min, logsnr_max=objective.logsnr_max,
+            **_pick(config.sample, "num_steps", "method", "log_variance_interpolation"),
+        )  # fmt: skip
+
+    def run(params: Any) -> dict[str, float]:
+        x, lattice = (np.asarray(a) for a in sample(params))
+        decoded = [decode(x[i], lattice[i], spec, counts=asked[i]) for i in range(number)]
+        crystals = [c for c in decoded if not isinstance(c, DecodeFailure)]
+        return {
+            "sample/decoded": len(crystals) / number,
+            "sample/struct_valid": sum(check(c).struct_valid for c in crystals) / number,
+            "sample/min_distance": float(np.median([c.min_distance for c in crystals])) if crystals else 0.0,
+        }
+
+    return run
 
 
 def _check(config: Any) -> None:
