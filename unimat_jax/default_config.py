@@ -41,6 +41,8 @@ def get_config() -> Any:  # a ConfigDict; its fields are unknown to type checker
     config.model.convolution = "axial"  # 1 x 3 x 3 plus 3 x 1 x 1; "full": 3 x 3 x 3; "plane": 1 x 3 x 3
     config.model.attention = "factorised"  # H W, then L; "full": all sites at once
     config.model.coordinate_frequencies = 0  # K > 0: sin and cos of coordinates, 1, 2, ... 2^(K-1) waves, as input
+    config.model.attended_sites = 0  # K > 0: attention among the K likeliest sites, told of coordinate differences
+    config.model.site_width = 128  # of its tokens
 
     config.diffusion = ConfigDict()
     config.diffusion.prediction_type = "eps"  # (paper); "x0", "v"

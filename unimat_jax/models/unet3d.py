@@ -7,57 +7,19 @@ best. What the paper leaves open and we chose is in the README under "Deviations
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from unimat_jax.conditioning import possible_sites
+from unimat_jax.models.attention import ATTENTIONS, GridAttention, SitePool
+from unimat_jax.models.layers import CONVOLUTIONS, Conv, SiteNorm, zeros_init
+from unimat_jax.models.site_attention import SiteAttention, gather, pair_features, pick_sites
 
 SCALE = 3
 """Down-sampling factor of H and W per level: attention resolutions 1, 3, 9 (paper, appendix 6)."""
-CONVOLUTIONS, ATTENTIONS = ("axial", "full", "plane"), ("factorised", "full")
-_zeros = nn.initializers.zeros_init()
-
-
-def _centred_init(key: jax.Array, shape: Sequence[int], dtype: Any = jnp.float32) -> jax.Array:
-    """Initial convolution kernels [3, ..., C, F] of which the centre holds half of the variance: an atom's neighbours
-    on the table are mostly empty, and evenly drawn kernels would hand on a small part of its signal."""
-    taps = math.prod(shape[:-2])
-    share = jnp.full(taps, 0.5 / (taps - 1)).at[taps // 2].set(0.5).reshape(*shape[:-2], 1, 1)
-    return jax.random.normal(key, shape, dtype) * jnp.sqrt(share / shape[-2]).astype(dtype)
-
-
-class SiteNorm(nn.Module):
-    """Group normalisation of [B, ..., C] over the sites of `mask` [B, ...] alone; the other sites come out as zero.
-
-    Plain group normalisation would be ruled by the null sites, and a handful of atoms be lost among hundreds of them.
-    About 4 channels a group, at most 32 groups, in a number that divides the channels.
-    """
-
-    @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
-        channels = x.shape[-1]
-        most = max(1, min(channels // 4, 32))
-        groups = next(g for g in range(most, 0, -1) if channels % g == 0)
-        weight = mask.astype(x.dtype)[..., None]
-        axes = tuple(range(1, x.ndim - 1))
-        number = jnp.maximum(weight.sum(axes), 1.0)  # [B, 1]
-
-        def mean(values: jax.Array) -> jax.Array:
-            by_channel = (values * weight).sum(axes) / number
-            by_group = by_channel.reshape(-1, groups, channels // groups).mean(-1, keepdims=True)
-            return jnp.broadcast_to(by_group, (len(x), groups, channels // groups)).reshape(len(x), channels)
-
-        center = mean(x)
-        spread = jnp.maximum(mean(jnp.square(x)) - jnp.square(center), 0.0)
-        scale = jax.lax.rsqrt(spread + 1e-5) * self.param("scale", nn.initializers.ones_init(), (channels,))
-        shift = self.param("bias", _zeros, (channels,)) - center * scale
-        shape = (len(x), *[1] * len(axes), channels)
-        return (x * scale.reshape(shape) + shift.reshape(shape)) * weight
 
 
 def sinusoidal_embedding(logsnr: jax.Array, size: int) -> jax.Array:
@@ -65,55 +27,6 @@ def sinusoidal_embedding(logsnr: jax.Array, size: int) -> jax.Array:
     frequencies = jnp.exp(jnp.linspace(jnp.log(10.0), jnp.log(0.02), size // 2))
     angles = logsnr[:, None] * frequencies
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], -1)
-
-
-def _plane_convolution(images: jax.Array, kernel: jax.Array) -> jax.Array:
-    """3 x 3 "same" convolution of [N, H, W, C] by [3, 3, C, F]. Grids of a few sites run as one matrix product:
-    backends are an order of magnitude slower on convolutions that are almost all border."""
-    n, h, w, _ = images.shape
-    if h * w > 4:
-        return jax.lax.conv_general_dilated(images, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
-    places = [(i, j) for i in range(h) for j in range(w)]
-    zero = jnp.zeros_like(kernel[0, 0])
-    rows = [
-        [kernel[a - i + 1, b - j + 1] if abs(a - i) <= 1 and abs(b - j) <= 1 else zero for i, j in places]
-        for a, b in places
-    ]
-    return (images.reshape(n, -1) @ jnp.block(rows)).reshape(n, h, w, kernel.shape[-1])
-
-
-def _level_convolution(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """Width-3 "same" convolution over L of [B, L, H, W, C] by [3, C, F]. A short axis runs as one banded matrix product
-    (half the time of three shifted ones at L = 3 on CPU, and worse from about L = 6)."""
-    b, l, h, w, c = x.shape
-    if l > 5:
-        border = jnp.zeros_like(x[:, :1])
-        padded = jnp.concatenate([border, x, border], 1)
-        return padded[:, :l] @ kernel[0] + x @ kernel[1] + padded[:, 2:] @ kernel[2]
-    zero = jnp.zeros_like(kernel[0])
-    rows = [[kernel[i - o + 1] if abs(i - o) <= 1 else zero for o in range(l)] for i in range(l)]
-    y = x.transpose(0, 2, 3, 1, 4).reshape(b * h * w, l * c) @ jnp.block(rows)
-    return y.reshape(b, h, w, l, kernel.shape[-1]).transpose(0, 3, 1, 2, 4)
-
-
-class Conv(nn.Module):
-    """Convolution over (L, H, W). "axial": a 1 x 3 x 3 kernel plus a 3 x 1 x 1 kernel; "full": 3 x 3 x 3; "plane":
-    1 x 3 x 3, as in video diffusion (Ho et al. 2022), where only attention mixes along L."""
-
-    features: int
-    kind: str = "axial"
-    kernel_init: nn.initializers.Initializer = _centred_init
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        b, l, h, w, c = x.shape
-        if self.kind == "full":
-            return nn.Conv(self.features, (3, 3, 3), kernel_init=self.kernel_init, name="full")(x)
-        plane = self.param("plane", self.kernel_init, (3, 3, c, self.features))
-        y = _plane_convolution(x.reshape(b * l, h, w, c), plane).reshape(b, l, h, w, self.features)
-        if l > 1 and self.kind == "axial":
-            y = y + _level_convolution(x, self.param("levels", self.kernel_init, (3, c, self.features)))
-        return y + self.param("bias", _zeros, (self.features,))
 
 
 class ResBlock(nn.Module):
@@ -127,54 +40,14 @@ class ResBlock(nn.Module):
     def __call__(self, x: jax.Array, mask: jax.Array, embedding: jax.Array, train: bool) -> jax.Array:
         h = nn.silu(SiteNorm(name="norm_in")(x, mask))
         h = Conv(self.features, self.convolution, name="conv_in")(h)
-        scale, shift = jnp.split(nn.Dense(2 * self.features, kernel_init=_zeros, name="film")(embedding), 2, -1)
+        scale, shift = jnp.split(nn.Dense(2 * self.features, kernel_init=zeros_init, name="film")(embedding), 2, -1)
         h = SiteNorm(name="norm_out")(h, mask)
         h = nn.silu(h * (1 + scale[:, None, None, None]) + shift[:, None, None, None]) * mask[..., None]
         h = nn.Dropout(self.dropout_rate, deterministic=not train)(h)
-        h = Conv(self.features, self.convolution, _zeros, name="conv_out")(h)
+        h = Conv(self.features, self.convolution, zeros_init, name="conv_out")(h)
         if x.shape[-1] != self.features:
             x = nn.Dense(self.features, name="skip")(x)
         return (x + h) * mask[..., None]
-
-
-class Attention(nn.Module):
-    """Multi-head self-attention over axis 1 of [N, T, C], residual. Only tokens with `mask` [N, T] are attended to."""
-
-    head_dim: int
-
-    @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
-        number, tokens, channels = x.shape
-        heads = next(n for n in range(max(1, channels // self.head_dim), 0, -1) if channels % n == 0)
-        qkv = nn.Dense(3 * channels, use_bias=False, name="qkv")(SiteNorm(name="norm")(x, mask))
-        q, k, v = (a.reshape(number, tokens, heads, -1) for a in jnp.split(qkv, 3, -1))
-        y = jax.nn.dot_product_attention(q, k, v, mask=mask[:, None, None, :]).reshape(x.shape)
-        return x + nn.Dense(channels, kernel_init=_zeros, name="out")(y)
-
-
-class GridAttention(nn.Module):
-    """Attention over the tensor: "factorised" (H W within each l, then L within each place) or "full" (all sites).
-
-    `mask` [B, L, H, W]: sites that may hold an atom; the others have nothing to tell.
-    """
-
-    head_dim: int
-    kind: str
-
-    @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
-        b, l, h, w, c = x.shape
-        if self.kind == "full":
-            sites = x.reshape(b, l * h * w, c)
-            return Attention(self.head_dim, name="sites")(sites, mask.reshape(b, -1)).reshape(x.shape)
-        if h * w > 1:
-            places = x.reshape(b * l, h * w, c)
-            x = Attention(self.head_dim, name="places")(places, mask.reshape(b * l, -1)).reshape(x.shape)
-        if l > 1:
-            y = x.reshape(b, l, h * w, c).swapaxes(1, 2).reshape(b * h * w, l, c)
-            y = Attention(self.head_dim, name="levels")(y, mask.reshape(b, l, -1).swapaxes(1, 2).reshape(-1, l))
-            x = y.reshape(b, h * w, l, c).swapaxes(1, 2).reshape(x.shape)
-        return x
 
 
 def _factor(size: int) -> int:
@@ -219,26 +92,14 @@ class Upsample(nn.Module):
         return x[:, :, : self.size[0], : self.size[1]]
 
 
-class SitePool(nn.Module):
-    """Weighted means over the sites of `mask`, one a head, softmax weights: [B, L, H, W, C] -> [B, heads * C]."""
-
-    heads: int
-
-    @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
-        sites = x.reshape(x.shape[0], -1, x.shape[-1])
-        logits = nn.Dense(self.heads, name="weights")(sites)
-        weights = nn.softmax(jnp.where(mask.reshape(*sites.shape[:2], 1), logits, -1e9), axis=1)
-        return jnp.einsum("bsh,bsc->bhc", weights, sites).reshape(x.shape[0], -1)
-
-
 class UNet3D(nn.Module):
     """denoise_fn(x_t [B, L, H, W, 3], lattice_t [B, D], logsnr [B], cond) -> (x_pred, lattice_pred), same shapes.
 
     attention_resolutions: down-sampling factors (1, 3, 9) at which attention runs. coordinate_frequencies: K > 0 adds
     sin and cos of each fractional coordinate, 1, 2, 4, ... 2^(K-1) waves in the cell, to the input. place_embedding: a
-    learned vector for each (row, column), since a convolution alone cannot know which element a place is. Raises
-    ValueError for a choice that does not exist.
+    learned vector for each (row, column), since a convolution alone cannot know which element a place is.
+    attended_sites: K > 0 adds attention among the K likeliest sites, `site_width` wide, to each block of the finest
+    level (site_attention.py). Raises ValueError for a choice that does not exist.
     """
 
     base_channels: int = 256
@@ -251,6 +112,8 @@ class UNet3D(nn.Module):
     convolution: str = "axial"
     attention: str = "factorised"
     coordinate_frequencies: int = 0
+    attended_sites: int = 0
+    site_width: int = 128
 
     def __post_init__(self):
         levels = [SCALE**level for level in range(9)]
@@ -310,9 +173,16 @@ class UNet3D(nn.Module):
             )
             if SCALE**level in self.attention_resolutions:
                 h = GridAttention(self.head_dim, self.attention, name=f"{name}_attention")(h, masks[level])
+            if level == 0 and self.attended_sites:
+                nonlocal tokens
+                h, tokens = SiteAttention(self.head_dim, name=f"{name}_sites")(h, tokens, *picked, embedding)
             return h
 
         h = h * masks[0][..., None]
+        if self.attended_sites:
+            sites, site_mask = pick_sites(x, masks[0], self.attended_sites)
+            picked = sites, site_mask, pair_features(gather(x, sites))
+            tokens = nn.Dense(self.site_width, name="tokens_in")(gather(h, sites))
         skips, last = [h], len(self.channel_multipliers) - 1
         for level, multiplier in enumerate(self.channel_multipliers):
             features = self.base_channels * multiplier
@@ -335,8 +205,11 @@ class UNet3D(nn.Module):
                 h = Upsample(features, (skips[-1].shape[2], skips[-1].shape[3]), name=f"up{level}")(h)
         h = nn.silu(SiteNorm(name="norm_out")(h, masks[0]))
         pooled.append(SitePool(8, name="pool_out")(h, masks[0]))
-        x_pred = Conv(x.shape[-1], self.convolution, _zeros, name="conv_out")(h)
+        if self.attended_sites:
+            weight = site_mask[..., None] / jnp.maximum(site_mask.sum(1), 1)[:, None, None]
+            pooled.append((nn.LayerNorm(name="tokens_out")(tokens) * weight).sum(1))
+        x_pred = Conv(x.shape[-1], self.convolution, zeros_init, name="conv_out")(h)
         pooled = jnp.concatenate([*pooled, embedding, lattice], -1)
         hidden = nn.Dense(4 * self.base_channels, name="lattice_hidden")(pooled)
-        lattice_pred = nn.Dense(lattice.shape[-1], kernel_init=_zeros, name="lattice_out")(nn.silu(hidden))
+        lattice_pred = nn.Dense(lattice.shape[-1], kernel_init=zeros_init, name="lattice_out")(nn.silu(hidden))
         return x_pred.astype(jnp.float32), lattice_pred.astype(jnp.float32)
