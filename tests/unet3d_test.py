@@ -55,6 +55,7 @@ CASES = {
     "9x18": ((3, 9, 18), {"channel_multipliers": (1, 1, 2), "attention_resolutions": (9,)}),
     "6x18": ((1, 6, 18), {"attention": "full", "attention_resolutions": (3,), "base_channels": 6, "head_dim": 5}),
     "7x17": ((3, 7, 17), {"convolution": "full", "attention_resolutions": (3,), "coordinate_frequencies": 2}),
+    "2x5, sites": ((2, 2, 5), {"channel_multipliers": (1,), "attended_sites": 6, "site_width": 8, "base_channels": 6}),
     "1x1": ((3, 1, 1), {"convolution": "plane", "num_res_blocks": 2, "channel_multipliers": (1,)}),
     "1x1, L = 1": ((1, 1, 1), {"attention": "full", "channel_multipliers": (1,), "place_embedding": False}),
 }

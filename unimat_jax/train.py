@@ -174,6 +174,7 @@ def train(config: Any, workdir: str | Path) -> dict[str, float]:
     sampled = sample_check(network, eval_batches[0], objective, config)
 
     def evaluate(step: int) -> dict[str, float]:
+        jax.block_until_ready(state)  # the steps under way are training: their time counts
         begin = time.monotonic()
         batches_on_devices = (sharding.to_devices(batch, by_batch) for batch in eval_batches)
         sums = sum(np.asarray(jit_eval_step(state.ema_params, batch, eval_key)) for batch in batches_on_devices)
@@ -217,6 +218,7 @@ def train(config: Any, workdir: str | Path) -> dict[str, float]:
                     metrics |= _log(pending, progress, writer, schedule, workdir)
                     pending = None
                 _check_finite(done, step_metrics, workdir)  # of the state that is about to be kept
+                jax.block_until_ready(state)
                 begin = time.monotonic()
                 checkpoints.save(state, iterator.get_state(), evaluated)
                 progress.left_out(time.monotonic() - begin)

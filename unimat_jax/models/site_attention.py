@@ -18,8 +18,8 @@ PAIR_WAVES = 3
 
 
 def pick_sites(x: jax.Array, possible: jax.Array, number: int) -> tuple[jax.Array, jax.Array]:
-    """(sites, mask), both [B, K]: flat indices of the K = min(number, L H W) sites of x [B, L, H, W, 3] that most likely
-    hold an atom, and which of them may hold one at all.
+    """(sites, mask), both [B, K]: flat indices of the K = min(number, L H W) sites of x [B, L, H, W, 3] that most
+    likely hold an atom, and which of them may hold one at all.
 
     First those that the condition allows (`possible` [B, L, H, W]), among them those farthest from the null value: an
     exact composition of at most K atoms is picked whole, at every noise level.
@@ -50,8 +50,8 @@ def pair_features(coords: jax.Array) -> jax.Array:
 class SiteAttention(nn.Module):
     """One block: (grid, tokens) -> (grid, tokens). tokens [B, K, D] of the picked `sites` [B, K].
 
-    A function of `pairs` [B, K, K, F] and the embedding [B, E] is added to the attention's logits and, averaged with its
-    weights, to its values; then a gated layer for each token.
+    A function of `pairs` [B, K, K, F] and the embedding [B, E] is added to the attention's logits and, averaged with
+    its weights, to its values; then a layer for each token.
     """
 
     head_dim: int
@@ -73,9 +73,7 @@ class SiteAttention(nn.Module):
         scale_in, shift_in, scale_mid, shift_mid = jnp.split(scales, 4, -1)
 
         h = nn.LayerNorm(name="norm_in")(tokens) * (1 + scale_in) + shift_in
-        q, key, v = (
-            a.reshape(number, k, heads, -1) for a in jnp.split(nn.Dense(3 * width, name="qkv")(h), 3, -1)
-        )
+        q, key, v = (a.reshape(number, k, heads, -1) for a in jnp.split(nn.Dense(3 * width, name="qkv")(h), 3, -1))
         pair = nn.Dense(PAIR_WIDTH, name="pair_in")(pairs)
         pair = nn.silu(pair + nn.Dense(PAIR_WIDTH, use_bias=False, name="pair_embedding")(embedding)[:, None, None])
         logits = jnp.einsum("bihd,bjhd->bijh", q, key) / jnp.sqrt(q.shape[-1]) + nn.Dense(heads, name="pair_bias")(pair)

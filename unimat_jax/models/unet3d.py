@@ -124,6 +124,8 @@ class UNet3D(nn.Module):
         ):
             if not set(value) <= set(choices):
                 raise ValueError(f"{name} = {getattr(self, name)!r}: choose from {', '.join(map(str, choices))}")
+        if self.attended_sites < 0 or self.site_width < 1:
+            raise ValueError(f"attended_sites = {self.attended_sites}: give 0 (off) or more; site_width: 1 or more")
         super().__post_init__()
 
     def _embedding(self, lattice: jax.Array, logsnr: jax.Array, cond: dict[str, jax.Array]) -> jax.Array:
