@@ -29,7 +29,7 @@ MAX_MEMBER_BYTES = 2**30
 """A larger file inside a zip is refused (`too_large`): a few kilobytes can unpack to terabytes."""
 
 GENERATED, MANIFEST = "generated_crystals.extxyz", "manifest.jsonl"
-"""What `unimat generate` writes into its output directory, beside the same crystals as CIF."""
+"""In output directories of `unimat generate`, beside the same crystals as CIF; MatterGen writes the first too."""
 
 _READERS: list[tuple[str, Callable[[SourceFile], Iterator[RawStructure]]]] = [
     (r"\.cif(\.gz)?$", texts.scan_cif),
@@ -66,7 +66,7 @@ def scan(path: str | Path) -> Iterator[RawStructure]:
     path = Path(path)
     if not path.exists():
         raise UserError(f"{path} does not exist: give {_KNOWN}")
-    if (path / GENERATED).is_file() and (path / MANIFEST).is_file():
+    if (path / GENERATED).is_file():
         return _scan_generated(path)
     if path.is_dir():
         files = [p for p in sorted(path.rglob("*")) if p.is_file()]
@@ -88,10 +88,13 @@ def scan(path: str | Path) -> Iterator[RawStructure]:
 
 
 def _scan_generated(directory: Path) -> Iterator[RawStructure]:
-    """The crystals of an output directory of `unimat generate`, each once, and the samples that are none."""
+    """The crystals of an output directory of `unimat generate` or MatterGen, each once, all frames; ours also tells of
+    the samples that are none."""
     path = directory / GENERATED
     source = SourceFile(GENERATED, GENERATED, functools.partial(open, path, "rb"), path)
     yield from texts.scan_extxyz(source)
+    if not (directory / MANIFEST).is_file():
+        return
     for line in (directory / MANIFEST).read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
         if "formula" not in row:
