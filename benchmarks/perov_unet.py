@@ -16,7 +16,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -28,7 +28,7 @@ from benchmarks import crystal_picture
 from unimat_jax.cli import run_program
 from unimat_jax.crystal import Crystal, CrystalError
 from unimat_jax.errors import UserError
-from unimat_jax.evaluation.matching import MATCHER_SETTINGS, match_pairs
+from unimat_jax.evaluation.matching import MATCHER_SETTINGS, match_pairs, reduced_composition
 from unimat_jax.evaluation.structure_statistics import describe
 from unimat_jax.evaluation.validity import check
 
@@ -113,6 +113,19 @@ def random_coordinates(references: Sequence[Crystal], seed: int) -> list[Sample]
         Sample(ref, Crystal.create(ref.atomic_numbers, rng.random((ref.num_atoms, 3)), ref.lattice, ref.uid), "crystal")
         for ref in references
     ]
+
+
+def perfect_sampler(references: Sequence[Crystal], known: Sequence[Crystal], seed: int) -> list[Sample]:
+    """What a sampler of the true distribution would give: a real crystal of the composition, drawn among all of them.
+
+    Perov-5 has two of each composition, ABX3 and BAX3; references of which the other is not in `known` are left out.
+    """
+    rng = np.random.default_rng(seed)
+    alike: dict[Any, list[Crystal]] = defaultdict(list)
+    for crystal in known:
+        alike[reduced_composition(crystal)].append(crystal)
+    groups = [(reference, alike[reduced_composition(reference)]) for reference in references]
+    return [Sample(ref, found[rng.integers(len(found))], "crystal") for ref, found in groups if len(found) > 1]
 
 
 def measure(samples: Sequence[Sample], name: str) -> dict[str, Any]:
@@ -224,6 +237,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--reference", type=Path, required=True, help="perov_5/val.npz")
     parser.add_argument("--generated", type=Path, help="output directory of `unimat generate` with the trained network")
     parser.add_argument("--untrained", type=Path, help="the same with the untrained network")
+    parser.add_argument("--known", type=Path, help="perov_5/train.npz: a column of real crystals drawn by composition")
     parser.add_argument("--trained_loss", type=float, help="validation loss of the trained network")
     parser.add_argument("--untrained_loss", type=float, help="validation loss of the untrained network")
     parser.add_argument("--num_samples", type=int, default=500, help="references drawn where --generated names none")
@@ -251,6 +265,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         columns["untrained network"] = untrained
     if generated is not None:
         columns["trained network"] = generated
+    if arguments.known:
+        known = [*read_reference(arguments.known).values(), *reference.values()]
+        columns["perfect sampler"] = perfect_sampler(references, known, arguments.seed)
     columns["real data"] = [Sample(ref, ref, "crystal") for ref in references]
     losses = {"untrained network": arguments.untrained_loss, "trained network": arguments.trained_loss}
     results = {name: {**measure(samples, name), "loss": losses.get(name)} for name, samples in columns.items()}

@@ -82,6 +82,14 @@ def test_four_columns_with_failures_in_the_denominator(program, references, tmp_
     assert (tmp_path / "out" / "perov_unet.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_perfect_sampler_draws_among_the_real_crystals_of_a_composition(program, references):
+    other = Crystal.create(references[0].atomic_numbers, references[0].frac_coords, 1.2 * references[0].lattice, "other")
+    drawn = [program.perfect_sampler(references, [*references, other], seed)[0] for seed in range(20)]
+    assert {sample.crystal.uid for sample in drawn} == {"other", references[0].uid}
+    assert {sample.reference.uid for sample in drawn} == {references[0].uid}
+    assert program.perfect_sampler(references[1:2], references[1:2], 0) == []
+
+
 def test_samples_for_other_compositions_are_refused(program, references, tmp_path, capsys):
     strangers = write_generated(tmp_path / "strangers", [references[0], references[1]], 0)
     whole = write_generated(tmp_path / "whole", references, 0)
