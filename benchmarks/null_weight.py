@@ -2,9 +2,8 @@
 
 python -m benchmarks.null_weight --data_dir=data --workdir=runs/null_weight --output_dir=benchmarks/null_weight
 
-Trains `configs/perov_5.py`, smaller and without conditions, once for each weight, then samples unconditionally. Every
-real crystal of Perov-5 has 5 atoms, so the share of samples with 5 atoms tells how well occupied and null sites are
-told apart. The validation losses are not comparable between weights: each weighs its own.
+Trains `configs/perov_5.py` without conditions, once for each weight, then samples unconditionally. Every real crystal of
+Perov-5 has 5 atoms, so the share of samples with 5 atoms tells how well occupied and null sites are told apart. The validation losses are not comparable between weights: each weighs its own.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--data_dir", required=True)
     p.add_argument("--workdir", type=Path, required=True)
     p.add_argument("--weights", default="1,0.1,0.01")
-    p.add_argument("--num_steps", type=int, default=600)
+    p.add_argument("--num_steps", type=int, default=1000)
     p.add_argument("--num_samples", type=int, default=256)
     p.add_argument("--output_dir", type=Path, default=Path("benchmarks/null_weight"))
     arguments = p.parse(sys.argv[1:] if argv is None else argv)
@@ -39,7 +38,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         changes = {
             "data.data_dir": arguments.data_dir, "diffusion.null_weight": weight, "diffusion.counts_share": 0.0,
             "diffusion.elements_share": 0.0, "train.num_steps": arguments.num_steps, "train.sample_every": 0,
-            "model.base_channels": 16, "model.channel_multipliers": "(1,4,8)", "model.num_res_blocks": 1,
             "train.eval_every": arguments.num_steps, "train.eval_examples": 64,
         }  # fmt: skip
         flags = [f"--config.{name}={value}" for name, value in changes.items()]

@@ -15,7 +15,7 @@ def get_config():
     config.data.prepare.max_atoms = 5
     config.data.prepare.max_atoms_per_element = 3
     # Li to Rn without the f block: 5 rows of the table in place of 9, in half of the time a step.
-    config.data.prepare.elements = [s for s, row in zip(SYMBOLS, ROW, strict=True) if s and 2 <= row + 1 <= 6]
+    config.data.prepare.elements = [s for s, row in zip(SYMBOLS, ROW, strict=True) if 2 <= row + 1 <= 6]
     config.data.table = "data"
     config.data.random_shift = False  # the crystals come with an atom at the origin: one thing less to learn
     config.data.origin_shift = 0.25
