@@ -3,8 +3,8 @@
 unimat prepare --dataset=perov_5 --source=DIR_WITH_CDVAE_CSV_FILES --data_dir=data
 python -m unimat_jax.main --config=configs/perov_5.py --workdir=runs/perov_5
 
-Cost: 64 crystals take 0.3 s on two idle cores (5 M parameters). Result: not finished. What short runs of this family
-showed is in benchmarks/README.md, "perov_unet".
+Cost: 30 minutes on two idle cores (240 crystals/s, 3.4 M parameters). Result, one sample for each of 500 validation
+compositions: 99.4 % keep 1.3 A, match rate 52.2 %, RMSE 0.107 (benchmarks/README.md, "perov_unet").
 """
 
 from unimat_jax import default_config
