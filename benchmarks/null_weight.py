@@ -2,8 +2,9 @@
 
 python -m benchmarks.null_weight --data_dir=data --workdir=runs/null_weight --output_dir=benchmarks/null_weight
 
-Trains `configs/perov_5.py` without conditions, once for each weight, then samples unconditionally. Every real crystal of
-Perov-5 has 5 atoms, so the share of samples with 5 atoms tells how well occupied and null sites are told apart. The validation losses are not comparable between weights: each weighs its own.
+Trains `configs/perov_5.py` without conditions, once for each weight, then samples unconditionally. Every real crystal
+of Perov-5 has 5 atoms, so the share of samples with 5 atoms tells how well occupied and null sites are told apart. The
+validation losses are not comparable between weights: each weighs its own.
 """
 
 from __future__ import annotations

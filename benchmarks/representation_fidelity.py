@@ -98,12 +98,8 @@ def through_graph(crystal: Crystal) -> Crystal | None:
 
     if crystal.num_atoms == 1:
         return crystal
-    best = None
-    for _ in range(STARTS):
-        start = rng.random(3 * (crystal.num_atoms - 1))
-        found = optimize.least_squares(residual, start, max_nfev=60)
-        if best is None or found.cost < best.cost:
-            best = found
+    starts = [rng.random(3 * (crystal.num_atoms - 1)) for _ in range(STARTS)]
+    best = min((optimize.least_squares(residual, start, max_nfev=60) for start in starts), key=lambda found: found.cost)
     frac = np.concatenate([np.zeros((1, 3)), best.x.reshape(-1, 3)])
     return Crystal.create(crystal.atomic_numbers, frac, crystal.lattice)
 

@@ -86,6 +86,7 @@ REQUIRED = {
     "train": ["--config=perov_5", "--workdir=not_made"],
     "generate": ["--checkpoint=not_there", "--output_dir=not_made"],
     "check": ["not_there.cif"],
+    "evaluate": ["--structures=not_there.cif", "--output_dir=not_made"],
 }
 
 

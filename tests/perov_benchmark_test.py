@@ -83,7 +83,9 @@ def test_four_columns_with_failures_in_the_denominator(program, references, tmp_
 
 
 def test_a_perfect_sampler_draws_among_the_real_crystals_of_a_composition(program, references):
-    other = Crystal.create(references[0].atomic_numbers, references[0].frac_coords, 1.2 * references[0].lattice, "other")
+    other = Crystal.create(
+        references[0].atomic_numbers, references[0].frac_coords, 1.2 * references[0].lattice, "other"
+    )
     drawn = [program.perfect_sampler(references, [*references, other], seed)[0] for seed in range(20)]
     assert {sample.crystal.uid for sample in drawn} == {"other", references[0].uid}
     assert {sample.reference.uid for sample in drawn} == {references[0].uid}

@@ -15,6 +15,7 @@ VERBS = {
     "prepare": ("data_prep.prepare", "crystal files or a known data set -> sharded UniMat records"),
     "train": ("unimat_jax.main", "a config and records -> checkpoints (the same --workdir resumes)"),
     "generate": ("unimat_jax.generate", "a checkpoint -> crystals as extxyz, CIF and a manifest"),
+    "evaluate": ("unimat_jax.evaluate", "metrics of any crystals against real ones, a report to look at"),
     "check": ("unimat_jax.evaluation.validity", "structure and composition validity of any crystal files"),
 }
 

@@ -10,6 +10,10 @@ import numpy as np
 
 BOOTSTRAP_DRAWS = 400
 CONFIDENCE = 0.95
+MOST_RESAMPLED = 30_000
+"""Values above which a distance of distributions gets no bootstrap interval: it would take minutes."""
+PER_CENT = "%"
+"""The unit of a share: its value is in 0..1, and is shown in per cent."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +57,7 @@ def share(flags: Sequence[bool] | np.ndarray, definition: str, *, failures: int 
     # The mean of n resampled flags is a binomial draw: no need to resample.
     draws = np.random.default_rng(0).binomial(len(flags), flags.mean(), 10 * BOOTSTRAP_DRAWS) / len(flags)
     low, high = np.quantile(draws, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return Metric(float(flags.mean()), len(flags), definition, failures, (float(low), float(high)))
+    return Metric(float(flags.mean()), len(flags), definition, failures, (float(low), float(high)), PER_CENT)
 
 
 def mean(values: Sequence[float] | np.ndarray, definition: str, *, unit: str = "", failures: int = 0) -> Metric:
@@ -100,5 +104,5 @@ def distribution_distance(
         low, high = np.quantile(draws, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
         return Metric(float(np.mean(draws)), subset, definition, failures, (float(low), float(high)), unit)
     note = f"fewer than the protocol's {subset:,} values: all of them" if subset is not None else ""
-    interval = bootstrap(a, lambda values: wasserstein(values, b), seed) if len(a) * len(b) < 1e9 else None
+    interval = bootstrap(a, lambda values: wasserstein(values, b), seed) if len(a) + len(b) < MOST_RESAMPLED else None
     return Metric(wasserstein(a, b), len(a), definition, failures, interval, unit, note)
