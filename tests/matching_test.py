@@ -57,7 +57,7 @@ def test_real_crystals_and_rattled_ones(split, preset):
 def test_different_real_crystals_of_one_composition():
     """Carbon-24 is one composition: pairs of unlike crystals, some in cells of like size."""
     cells: dict[int, list[Crystal]] = {}
-    for crystal in load("carbon_24/val", 400, seed=3):
+    for crystal in load("carbon_24/val", 250, seed=3):
         cells.setdefault(reduced(crystal).num_atoms, []).append(crystal)
     pairs = [(group[i], group[i - 1]) for group in cells.values() for i in range(1, min(5, len(group)))]
     found = [assert_equals_pymatgen(a, b, "cdvae") for a, b in pairs]
@@ -67,11 +67,11 @@ def test_different_real_crystals_of_one_composition():
 
 def test_what_is_not_compared_would_not_match():
     """Pairs of other numbers of atoms by element in the reduced cell, and of other compositions, never match."""
-    carbon, others = load("carbon_24/val", 200, seed=0), load("perov_5/val", 150, seed=0)
+    carbon, others = load("carbon_24/val", 120, seed=0), load("perov_5/val", 130, seed=0)
     matcher = pymatgen_matcher("cdvae")
     unlike = [(a, b) for a, b in itertools.pairwise(carbon) if reduced(a).counts != reduced(b).counts]
     unlike += list(itertools.pairwise(others))
-    assert len(unlike) > 250
+    assert len(unlike) > 200
     for a, b in unlike:
         if a.num_atoms == b.num_atoms and reduced_composition(a) == reduced_composition(b):
             continue

@@ -382,6 +382,20 @@ def test_the_views_follow_the_colour_scheme(page):
         assert (sum(page.locator(".view canvas").first.evaluate(DRAWN)[2:5]) < 150) == (scheme == "dark")
 
 
+def test_one_view_where_there_are_no_references(browser, tmp_path):
+    rows = [{"uid": "a"}, {"uid": "b"}]
+    write_report(
+        tmp_path / "one.html", ReportData("One", "dng", "today", rows=rows, generated=[perovskite(), diamond()])
+    )
+    with opened(browser, (tmp_path / "one.html").as_uri()) as page:
+        assert page.locator(".view").count() == 1 and page.get_by_label("turn together").count() == 0
+        assert page.locator(".view canvas").evaluate(DRAWN)[0] > 0.03
+        before = picture(page, 0)
+        page.locator(".rows tbody tr").nth(1).click()
+        assert picture(page, 0) != before
+        assert "C2" in page.locator(".caption").inner_text()
+
+
 @pytest.fixture(scope="module")
 def empty_address(tmp_path_factory) -> str:
     path = tmp_path_factory.mktemp("empty") / "report.html"

@@ -232,6 +232,7 @@ def _write(
         for title, value in values.items():
             beside.setdefault(title, {})[name] = value
     names = [name for name in scored.metrics if "/" not in name and not name.endswith("_all")]  # the rest: metrics.json
+    beside = {title: values for title, values in beside.items() if not values.keys().isdisjoint(names)}
     headline = [
         MetricRow(name, m.value, m.interval, m.unit, m.definition + (f" ({m.note})" if m.note else ""), m.n, m.failures,
                   {title: values.get(name) for title, values in beside.items()})

@@ -64,6 +64,11 @@ class Reduced:
         return tuple(zip(numbers.tolist(), counts.tolist(), strict=True))
 
     @cached_property
+    def places(self) -> dict[int, np.ndarray]:
+        """The atoms of each element, by atomic number."""
+        return {number: np.flatnonzero(self.numbers == number) for number, _ in self.counts}
+
+    @cached_property
     def volume(self) -> float:
         """Cubic Angstrom."""
         return float(abs(np.linalg.det(self.lattice)))
@@ -135,11 +140,12 @@ def _trials(a: Reduced, b: Reduced, tolerances: Tolerances) -> Iterator[tuple[np
     # Atoms are partners within a box whose faces are 2 stol (V / n)^(1/3) away.
     reach = 2 * tolerances.stol * lengths
     limits = reach[:, None] * plane_densities(cells)
-    rarest = [number for number, _ in sorted(a.counts, key=lambda pair: pair[1])]
-    blocks: Blocks = [(np.flatnonzero(b.numbers == z), np.flatnonzero(a.numbers == z)) for z in rarest]
-    fewest = [z for z, count in a.counts if count == min(count for _, count in a.counts)]
-    anchor = int(np.flatnonzero(np.isin(b.numbers, fewest))[0])  # which atom StructureMatcher moves onto all its kind
-    starts = np.flatnonzero(a.numbers == b.numbers[anchor])
+    blocks: Blocks = [
+        (b.places[number], a.places[number]) for number in sorted(a.places, key=lambda z: len(a.places[z]))
+    ]
+    fewest = len(blocks[0][0])
+    # StructureMatcher moves the first atom of a rarest element onto all of its kind.
+    anchor, starts = min((rows[0], columns) for rows, columns in blocks if len(rows) == fewest)
     size, begin, total = _FIRST_TRIALS, 0, len(bases) * len(starts)
     most = max(1, _MAX_ATOM_PAIRS // sum(len(rows) ** 2 for rows, _ in blocks))
     while begin < total:

@@ -51,12 +51,15 @@ def displacements(
     Atoms are paired so that the sum of squared distances is least, then the mean displacement is taken off. reach:
     Angstrom [M], from an atom to the faces of the box (of the reduced cell) in which its partners lie.
     """
-    used, which = np.unique(which, return_inverse=True)
-    mappings = _lll_mappings(cells[used])
-    inverse = np.rint(np.linalg.inv(mappings))
-    frac_a, frac_b = frac_a[used] @ inverse, frac_b @ inverse[which]
-    vectors, squared = _shortest_vectors(frac_a, frac_b, which, mappings @ cells[used], reach[used], blocks)
-    pairing, reachable = _pair(squared, blocks)
+    in_use = np.bincount(which, minlength=len(cells)) > 0
+    which = (np.cumsum(in_use) - 1)[which]
+    frac_a, cells, reach = frac_a[in_use], cells[in_use], reach[in_use]
+    mappings = _lll_mappings(cells)
+    if mappings is not None:
+        inverse = np.rint(np.linalg.inv(mappings))
+        frac_a, frac_b, cells = frac_a @ inverse, frac_b @ inverse[which], mappings @ cells
+    vectors, squared = _shortest_vectors(frac_a, frac_b, which, cells, reach, blocks)
+    pairing, reachable = _pair(squared)
     chosen = np.take_along_axis(vectors, pairing[:, :, None, None], 2)[:, :, 0]
     chosen -= chosen.mean(1, keepdims=True)
     distances = np.sqrt((chosen**2).sum(2))
@@ -64,10 +67,11 @@ def displacements(
     return np.sqrt((distances**2).mean(1)), distances.max(1)
 
 
-def _lll_mappings(lattices: np.ndarray) -> np.ndarray:
-    """pymatgen's LLL reduction of lattices [M, 3, 3], as integer matrices [M, 3, 3] to multiply them with."""
-    from pymatgen.core import Lattice
+def _lll_mappings(lattices: np.ndarray) -> np.ndarray | None:
+    """pymatgen's LLL reduction of lattices [M, 3, 3], as integer matrices [M, 3, 3] to multiply them with.
 
+    None where all are reduced.
+    """
     a, b, c = np.moveaxis(lattices, 1, 0)
     squared_a = (a * a).sum(1)
     u_ba, u_ca = (a * b).sum(1) / squared_a, (a * c).sum(1) / squared_a
@@ -78,9 +82,17 @@ def _lll_mappings(lattices: np.ndarray) -> np.ndarray:
     reduced = np.max(np.abs([u_ba, u_ca, u_cb]), axis=0) < 0.5 - 1e-9  # clear of rounding errors
     reduced &= squared_b > (0.75 - u_ba**2) * squared_a
     reduced &= (c_rest**2).sum(1) > (0.75 - u_cb**2) * squared_b
+    if reduced.all():
+        return None
+    from pymatgen.core import Lattice
+
     result = np.tile(np.eye(3), (len(lattices), 1, 1))
+    known: dict[bytes, np.ndarray] = {}  # symmetric crystals align in many ways with one and the same mean cell
     for i in np.flatnonzero(~reduced):
-        result[i] = Lattice(lattices[i]).lll_mapping
+        key = (np.round(lattices[i], 9) + 0.0).tobytes()
+        if key not in known:
+            known[key] = Lattice(lattices[i]).lll_mapping
+        result[i] = known[key]
     return result
 
 
@@ -99,41 +111,34 @@ def _shortest_vectors(
     metrics = cells @ np.swapaxes(cells, 1, 2)
     image_squares = np.einsum("ni,mij,nj->mn", _IMAGES, metrics, _IMAGES)
     wrapped_a, wrapped_b = frac_a - np.floor(frac_a), frac_b - np.floor(frac_b)
-    for rows, columns in blocks:
-        apart = wrapped_a[which][:, None, columns] - wrapped_b[:, rows, None]  # [K, rows, columns, 3]
-        near = apart - np.rint(apart)
-        inside = np.ones(near.shape[:3], bool)
-        for axis in range(3):
-            inside &= np.abs(near[..., axis]) <= limits[which, axis, None, None]
-        k, i, j = np.nonzero(inside)
-        near, cell = near[k, i, j], which[k]
-        # Another image lies beyond at least one pair of lattice planes: farther than (1 - |near|) of their distance.
-        other = np.min((1 - np.abs(near)) / densities[cell], axis=1)
-        unsure = np.flatnonzero(np.einsum("pi,pij,pj->p", near, metrics[cell], near) > (other - 1e-9) ** 2)
-        if len(unsure):
-            start, at = apart[k[unsure], i[unsure], j[unsure]], cell[unsure]
-            # |start + image|^2 less |start|^2, which all images share.
-            added = 2 * np.einsum("pi,pij->pj", start, metrics[at]) @ _IMAGES.T + image_squares[at]
-            near[unsure] = start + _IMAGES[added.argmin(1)]
-        found = np.einsum("pi,pij->pj", near, cells[cell])
-        vectors[k, rows[i], columns[j]] = found
-        squared[k, rows[i], columns[j]] = np.einsum("pi,pi->p", found, found)
+    rows = np.concatenate([np.repeat(atoms_b, len(atoms_a)) for atoms_b, atoms_a in blocks])
+    columns = np.concatenate([np.tile(atoms_a, len(atoms_b)) for atoms_b, atoms_a in blocks])
+    apart = wrapped_a[which[:, None], columns] - wrapped_b[:, rows]  # [K, pairs of one element, 3]
+    near = apart - np.rint(apart)
+    k, pair = np.nonzero(np.all(np.abs(near) <= limits[which][:, None], axis=-1))
+    near, cell = near[k, pair], which[k]
+    # Another image lies beyond at least one pair of lattice planes: farther than (1 - |near|) of their distance.
+    other = np.min((1 - np.abs(near)) / densities[cell], axis=1)
+    unsure = np.flatnonzero(np.einsum("pi,pij,pj->p", near, metrics[cell], near) > (other - 1e-9) ** 2)
+    if len(unsure):
+        start, at = apart[k[unsure], pair[unsure]], cell[unsure]
+        # |start + image|^2 less |start|^2, which all images share.
+        added = 2 * np.einsum("pi,pij->pj", start, metrics[at]) @ _IMAGES.T + image_squares[at]
+        near[unsure] = start + _IMAGES[added.argmin(1)]
+    found = np.einsum("pi,pij->pj", near, cells[cell])
+    vectors[k, rows[pair], columns[pair]] = found
+    squared[k, rows[pair], columns[pair]] = np.einsum("pi,pi->p", found, found)
     return vectors, squared
 
 
-def _pair(squared: np.ndarray, blocks: Blocks) -> tuple[np.ndarray, np.ndarray]:
+def _pair(squared: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """For each matrix [K, N, N] the column of each row at the least total, int [K, N], and whether it is reachable."""
     from scipy.optimize import linear_sum_assignment
 
-    pairing = np.zeros(squared.shape[:2], int)
+    pairing = squared.argmin(2)
     reachable = np.all(squared.min(2) < _UNREACHABLE, axis=1) & np.all(squared.min(1) < _UNREACHABLE, axis=1)
-    clear = reachable.copy()
-    for rows, columns in blocks:
-        block = squared[:, rows[:, None], columns]
-        nearest = block.argmin(2)
-        pairing[:, rows] = columns[nearest]
-        # Where the nearest of each atom is another one, no other pairing has a smaller total.
-        clear &= np.all(np.sort(nearest, 1) == np.arange(len(rows)), axis=1)
+    # Where the nearest of each atom is another one, no other pairing has a smaller total.
+    clear = np.all(np.sort(pairing, 1) == np.arange(pairing.shape[1]), axis=1)
     for k in np.flatnonzero(reachable & ~clear):
         rows, pairing[k] = linear_sum_assignment(squared[k])
         reachable[k] = np.all(squared[k][rows, pairing[k]] < _UNREACHABLE)

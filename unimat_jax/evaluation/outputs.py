@@ -74,7 +74,7 @@ def shown(value: float | None, unit: str) -> str:
 
 def table(metrics: Mapping[str, Metric], others: Mapping[str, Mapping[str, float | None]], names: Sequence[str]) -> str:
     """The named metrics with their 95 % intervals, and beside them the values of `others` (title -> name -> value)."""
-    titles = [title for title, values in others.items() if any(values.get(name) is not None for name in names)]
+    titles = list(others)
     lines = [["metric", "value", "95 % interval", *titles]]
     for name in names:
         metric = metrics[name]

@@ -72,8 +72,9 @@ def voronoi_faces(crystal: Crystal, sites: np.ndarray | None = None, *, as_pymat
     parts: list[Faces] = []
     while len(todo):
         open_sites: list[int] = []
-        for pairs in _neighbours(crystal, todo, cutoff):
-            as_pymatgen |= pairs.nearest <= CLOSE
+        for pairs in _neighbours(crystal, todo, cutoff, one_by_one=as_pymatgen):
+            if pairs.nearest <= CLOSE and not as_pymatgen:
+                return voronoi_faces(crystal, sites, as_pymatgen=True)
             spans = list(itertools.pairwise(pairs.starts.tolist()))
             few = [as_pymatgen or stop - start <= _FEW for start, stop in spans]
             parts.extend(_tessellated(pairs, list(itertools.compress(spans, few)), open_sites))
@@ -112,8 +113,9 @@ class _Pairs:
         return Faces(self.site[rows], self.other[rows], self.vectors[rows], solid_angle, area)
 
 
-def _neighbours(crystal: Crystal, sites: np.ndarray, cutoff: float) -> Iterator[_Pairs]:
-    """Of groups of sites, so large that memory suffices. Distances are pymatgen's, to the last bit."""
+def _neighbours(crystal: Crystal, sites: np.ndarray, cutoff: float, *, one_by_one: bool = False) -> Iterator[_Pairs]:
+    """Of groups of sites, so large that memory suffices, or of each alone: then equally near neighbours, too, are in
+    pymatgen's order, on which the rounding errors of a tessellation depend."""
     from pymatgen.optimization.neighbors import find_points_in_spheres
 
     expected = 4 / 3 * np.pi * cutoff**3 * crystal.num_atoms / crystal.volume
@@ -123,7 +125,8 @@ def _neighbours(crystal: Crystal, sites: np.ndarray, cutoff: float) -> Iterator[
     frac, lattice = _compact(crystal, cutoff)
     coords = np.ascontiguousarray(frac @ lattice)
     periodic = np.ones(3, np.int64)
-    for group in np.array_split(sites, int(np.ceil(len(sites) * expected / _MAX_PAIRS)) or 1):
+    groups = len(sites) if one_by_one else int(np.ceil(len(sites) * expected / _MAX_PAIRS))
+    for group in np.array_split(sites, groups or 1):
         centres = np.ascontiguousarray(coords[group])
         row, other, offsets, distances = find_points_in_spheres(coords, centres, cutoff, periodic, lattice, tol=1e-8)
         order = np.lexsort((distances, row))

@@ -1,4 +1,4 @@
-/* Two views of crystals side by side, drawn by 3Dmol.js. */
+/* Views of crystals side by side, drawn by 3Dmol.js. */
 
 const SPHERE = 0.4; // of the covalent radius
 const FILL = 1.85; // zoom after `zoomTo`, in a square
@@ -53,10 +53,11 @@ function drawCrystal(view, crystal, beyond) {
   view.render();
 }
 
-/** Both crystals fitted at one scale and centred; `turn` is the quaternion of both, without it each keeps its own. */
+/** All crystals fitted at one scale and centred; `turn` is the quaternion of all, without it each keeps its own. */
 function fit(views, turn) {
   const states = views.map((view) => view.zoomTo().getView());
-  const distance = Math.min(...states.map((state) => state[3]));
+  const distances = states.filter((_, i) => views[i].getModel()).map((state) => state[3]);
+  const distance = Math.min(...(distances.length ? distances : [0]));
   views.forEach((view, i) => {
     view.setView([0, 0, 0, distance, ...(turn || states[i].slice(4, 8)), 0, 0]);
     const { clientWidth, clientHeight } = view.container;
@@ -81,9 +82,10 @@ function addKeys(host, view, home) {
   host.addEventListener("wheel", unlessFocused, { capture: true, passive: true });
 }
 
-/** Draws the pane of views into `host`; the returned function shows a row's two crystals. */
+/** Draws the views into `host`: one, and a second one if any row has a reference. The returned function shows a row. */
 function drawViews(host) {
-  const sides = [GENERATED, "nearest reference"].map((name) => {
+  const names = DATA.nearest.some((place) => place >= 0) ? [GENERATED, "nearest reference"] : [GENERATED];
+  const sides = names.map((name) => {
     const canvas = make("div", { className: "view", tabIndex: 0, role: "img" });
     canvas.ariaLabel = `${name} structure; arrow keys turn it, + and - zoom, 0 resets`;
     const caption = make("p", { className: "caption" });
@@ -99,7 +101,7 @@ function drawViews(host) {
   const home = make("button", { onclick: () => fit(views, HOME) }, "reset view");
   host.append(
     make("div", { className: "views" }, ...sides.map((side) => side.figure)),
-    make("div", { className: "tools" }, legend, linkLabel, beyondLabel, home),
+    make("div", { className: "tools" }, legend, ...(sides[1] ? [linkLabel] : []), beyondLabel, home),
   );
   const views = sides.map((side) => openView(side.canvas));
   let shown = null;
@@ -110,7 +112,7 @@ function drawViews(host) {
 
   let following = false;
   function follow(leader) {
-    if (following || !linked.checked) return;
+    if (following || !linked.checked || !views[1]) return;
     following = true;
     views[1 - leader].setView(views[leader].getView());
     following = false;
@@ -121,15 +123,15 @@ function drawViews(host) {
   /** crystals: [generated, nearest], null where there is none; `why` stands in the place of a missing one. */
   function show(crystals, why = ["", ""]) {
     const turn = shown ? undefined : HOME;
-    shown = crystals;
+    shown = crystals.slice(0, sides.length);
     following = true;
-    crystals.forEach((crystal, i) => {
+    shown.forEach((crystal, i) => {
       drawCrystal(views[i], crystal, beyond.checked);
       if (crystal || why[i]) describeCrystal(sides[i].caption, crystal, why[i]);
     });
     fit(views, turn);
     following = false;
-    const numbers = new Set(crystals.flatMap((crystal) => (crystal ? crystal.z : [])));
+    const numbers = new Set(shown.flatMap((crystal) => (crystal ? crystal.z : [])));
     legend.replaceChildren(
       ...[...numbers].sort((a, b) => a - b).map((z) => {
         const patch = make("i");
