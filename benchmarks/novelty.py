@@ -74,7 +74,7 @@ def by_formula(
     tolerances: Tolerances,
     rng: np.random.Generator,
 ) -> dict[str, Any]:
-    """pymatgen on all crystals of `number` formulas: processor seconds, and the leaders and novel ones that it finds."""
+    """pymatgen on all crystals of `number` formulas: processor seconds, leaders and novel ones that it finds."""
     matcher = pymatgen_matcher(tolerances)
     groups: dict[Any, list[Crystal]] = defaultdict(list)
     for crystal in sorted(generated, key=content_order):

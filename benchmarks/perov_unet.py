@@ -209,11 +209,11 @@ def provenance(arguments: argparse.Namespace) -> dict[str, Any]:
     cpu = next(
         (line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")), platform.processor()
     )
-    made_by = {
-        name: json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
-        for name, path in (("generated", arguments.generated), ("untrained", arguments.untrained))
-        if path and (Path(path) / "config.json").is_file()
-    }
+    made_by = {}
+    for name, path in (("generated", arguments.generated), ("untrained", arguments.untrained)):
+        if path and (Path(path) / "config.json").is_file():
+            config = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
+            made_by[name] = {key: value for key, value in config.items() if key not in ("checkpoint", "requests")}
     return {
         "seed": arguments.seed,
         "git_commit": run("git", "rev-parse", "HEAD") + ("+changes" if run("git", "status", "--porcelain") else ""),
