@@ -117,6 +117,14 @@ def test_odd_crystals(preset):
     assert sum(fit for _, fit in found) > 15
 
 
+def test_a_coarser_lattice_is_no_match():
+    """Every second point of a body-centred lattice makes a cubic one, longer by 26 %, which ltol = 0.3 would allow."""
+    centred = Crystal.create([26], [[0, 0, 0]], 1.4 * np.array([[-1, 1, 1], [1, -1, 1], [1, 1, -1]]))
+    simple = Crystal.create([26], [[0, 0, 0]], 2.2 * np.eye(3))
+    assert assert_equals_pymatgen(centred, simple, "cdvae") == (None, False)
+    assert assert_equals_pymatgen(simple, centred, "cdvae") == (None, False)
+
+
 def test_trials_in_small_arrays_give_the_same(monkeypatch):
     rng = np.random.default_rng(2)
     pairs = [(reduced(rattled(quartz(), 0.02, rng)), reduced(quartz())), (reduced(diamond()), reduced(diamond()))]

@@ -45,7 +45,7 @@ def report() -> ReportData:
     known = [perovskite(), quartz(), diamond(), salt]
     generated, rows, nearest = [], [], {}
     for i in range(NUM_ROWS):
-        crystal = known[i] if i < len(known) else random_crystal(rng, 8)
+        crystal = known[i] if i < len(known) else random_crystal(rng, 8, (3, 8, 14, 22, 26, 38, 57))
         uid = HOSTILE if i == 5 else f"s{i:03d}"
         crystal = None if i % 13 == 12 else dataclasses.replace(crystal, uid=uid)
         row = {"uid": uid, "formula": crystal.formula if crystal else "", "num_atoms": crystal and crystal.num_atoms}

@@ -15,8 +15,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
-from matminer.featurizers.composition.composite import ElementProperty
-from matminer.featurizers.site.fingerprint import CrystalNNFingerprint
+from matminer.featurizers.composition.composite import ElementProperty  # pyright: ignore[reportMissingImports]
+from matminer.featurizers.site.fingerprint import CrystalNNFingerprint  # pyright: ignore[reportMissingImports]
 from pymatgen.core import Composition, Lattice, Structure
 
 STRUCTURE = CrystalNNFingerprint.from_preset("ops")

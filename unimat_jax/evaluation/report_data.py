@@ -112,7 +112,7 @@ def _column(name: str, values: list[Any]) -> dict[str, Any]:
     if len(different) > len(texts) / 2:
         return {"name": name, "kind": "text", "values": texts}
     place = {text: i for i, text in enumerate(different)}
-    return {"name": name, "kind": "text", "texts": different, "codes": [place.get(t, -1) for t in texts]}
+    return {"name": name, "kind": "text", "texts": different, "codes": [-1 if t is None else place[t] for t in texts]}
 
 
 def _joined(value: Any) -> str:
