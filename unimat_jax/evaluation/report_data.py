@@ -140,8 +140,7 @@ def _structures(data: ReportData, limit: int) -> tuple[list[dict[str, Any]], lis
         other = other if other is not None and drawable(other) else None
         new = [c for c in (crystal, other) if c is not None and id(c) not in known]
         atoms += sum(c.num_atoms for c in new)
-        if carried >= limit or atoms > MAX_ATOMS:
-            limit = carried  # no later, smaller one either: the page says "the first so many"
+        if carried == limit or atoms > MAX_ATOMS:  # then no later, smaller one is carried either
             generated[i] = -2
             continue
         carried += 1
