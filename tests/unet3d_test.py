@@ -11,7 +11,7 @@ import pytest
 from unimat_jax import models
 from unimat_jax.conditioning import make_condition, possible_sites
 from unimat_jax.errors import UserError
-from unimat_jax.models import unet3d
+from unimat_jax.models import layers, unet3d
 
 TINY = {"base_channels": 4, "channel_multipliers": (1, 2), "num_res_blocks": 1, "head_dim": 4}
 BATCH, PROPERTIES = 2, 2
@@ -151,14 +151,14 @@ def same_with_gradients(ours, theirs, x, kernel):
 def test_the_matrix_form_of_a_small_plane_is_the_convolution(plane):
     rng = np.random.default_rng(0)
     images, kernel = rng.normal(size=(6, *plane, 5)), rng.normal(size=(3, 3, 5, 4)) / 7
-    same_with_gradients(unet3d._plane_convolution, plain, images, kernel)
+    same_with_gradients(layers._plane_convolution, plain, images, kernel)
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 5, 6, 9])
 def test_the_convolution_over_atoms_in_both_forms(length):
     rng = np.random.default_rng(0)
     x, kernel = rng.normal(size=(2, length, 2, 3, 5)), rng.normal(size=(3, 5, 4)) / 4
-    same_with_gradients(unet3d._level_convolution, shifted, x, kernel)
+    same_with_gradients(layers._level_convolution, shifted, x, kernel)
 
 
 def test_a_full_convolution_is_the_sum_of_its_parts():
@@ -169,7 +169,7 @@ def test_a_full_convolution_is_the_sum_of_its_parts():
     kernel = np.zeros((3, 3, 3, 3, 2))
     kernel[1] += plane
     kernel[:, 1, 1] += levels
-    axial, full, flat = (unet3d.Conv(2, kind) for kind in ("axial", "full", "plane"))
+    axial, full, flat = (layers.Conv(2, kind) for kind in ("axial", "full", "plane"))
     bias = jnp.array([0.5, -1.0])
     expected = full.apply({"params": {"full": {"kernel": jnp.asarray(kernel, jnp.float32), "bias": bias}}}, x)
     f32 = functools.partial(jnp.asarray, dtype=jnp.float32)
