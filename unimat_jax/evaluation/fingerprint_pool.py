@@ -18,12 +18,13 @@ from unimat_jax.crystal import Crystal
 from unimat_jax.errors import UserError
 from unimat_jax.evaluation.crystalnn import FEATURE_NAMES, Surroundings, features_of, surroundings
 from unimat_jax.evaluation.magpie import composition_fingerprint
-from unimat_jax.evaluation.pool import Failure, Pool
+from unimat_jax.evaluation.pool import Failure, Pool, available_cores
 from unimat_jax.evaluation.voronoi import FingerprintError
 
 CACHE_VERSION = "unimat-fingerprint-1"
 """Part of every key: a change of what a fingerprint is needs another."""
 _CHUNK_ATOMS = 400  # sent to a process at once: small crystals cost less together
+_WORKER_ATOMS = 2000  # some 2 s of work, for which another process is worth its start
 _PART_SIZE, _PART_SECONDS = 5000, 60.0  # of new results, before they go to disk
 _PASSING = ("timeout", "worker_died", "error")  # may be the machine's fault: not kept on disk
 
@@ -52,9 +53,10 @@ def fingerprints(
 ) -> list[Fingerprint]:
     """One Fingerprint a crystal, in order, by `structure_fingerprint` and `composition_fingerprint`.
 
-    A crystal that fails has a reason and costs nobody else. num_workers: processes, all cores by default; 0: this one.
-    cache_dir: where fingerprints are kept as the work goes on, and found again by content (made if absent). timeout_s:
-    for one structure. progress: a bar with the failures so far. Raises UserError if no process starts.
+    A crystal that fails has a reason and costs nobody else. num_workers: processes at most, by default as many as
+    cores; 0: this one. cache_dir: where fingerprints are kept as the work goes on, and found again by content (made if
+    absent). timeout_s: for one structure. progress: a bar with the failures so far. Raises UserError if no process
+    starts.
     """
     from tqdm import tqdm
 
@@ -149,6 +151,8 @@ class _Cache:
 
 def _outcomes(crystals: Sequence[Crystal], num_workers: int | None, timeout_s: float) -> Iterator[tuple[int, Outcome]]:
     """(place, outcome) of each crystal, in any order."""
+    workers = available_cores() if num_workers is None else num_workers
+    workers = min(workers, 1 + sum(crystal.num_atoms for crystal in crystals) // _WORKER_ATOMS)
     chunks: list[list[int]] = []
     atoms = _CHUNK_ATOMS
     for row, crystal in enumerate(crystals):
@@ -157,7 +161,7 @@ def _outcomes(crystals: Sequence[Crystal], num_workers: int | None, timeout_s: f
             atoms = 0
         chunks[-1].append(row)
         atoms += crystal.num_atoms
-    with Pool(num_workers, timeout_s=timeout_s) as pool:
+    with Pool(workers, timeout_s=timeout_s) as pool:
         for only_one in (False, True):  # a chunk that fails is done again one by one, which shows the culprit
             results = pool.map(_outcomes_of, [[crystals[row] for row in chunk] for chunk in chunks])
             failed: list[list[int]] = []
