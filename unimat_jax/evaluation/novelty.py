@@ -76,7 +76,7 @@ class KnownStructures:
         """The reduced cells of `of(composition)` for each composition."""
         missing = [composition for composition in dict.fromkeys(compositions) if composition not in self._cells]
         crystals = [crystal for composition in missing for crystal in self.of(composition)]
-        found = iter(reduce_all(pool, crystals, progress, "reducing known cells"))
+        found = iter(reduce_all(pool, crystals, progress, "known cells"))
         for composition in missing:
             self._cells[composition] = [next(found) for _ in self.of(composition)]
         return self._cells
