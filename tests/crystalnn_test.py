@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from shared_data import golden_dir, load
 
 from unimat_jax.crystal import Crystal, lattice_from_parameters
+from unimat_jax.evaluation import crystalnn
 from unimat_jax.evaluation.crystalnn import (
     FEATURE_NAMES,
     features_of,
@@ -33,6 +34,13 @@ def crystal_of(case: dict) -> Crystal:
     return Crystal.create(case["atomic_numbers"], case["frac_coords"], case["lattice"], case["name"])
 
 
+def hangs_on_rounding(crystal: Crystal) -> bool:
+    """Then the fixture's value may be another than matminer's on another machine."""
+    faces = voronoi_faces(crystal)
+    _, doubtful = crystalnn._features(faces, crystalnn._weights(faces, crystal.atomic_numbers), crystal.num_atoms)
+    return len(doubtful) > 0
+
+
 @pytest.mark.parametrize("case", FIXTURE["cases"], ids=lambda case: case["name"])
 def test_equals_matminer(case):
     crystal = crystal_of(case)
@@ -40,7 +48,9 @@ def test_equals_matminer(case):
         with pytest.raises(FingerprintError):
             structure_fingerprint(crystal)
     else:
-        np.testing.assert_allclose(structure_fingerprint(crystal), case["struct"], rtol=0, atol=1e-6)
+        compared = np.array(ANY_ORDER) if hangs_on_rounding(crystal) else slice(None)
+        expected = np.array(case["struct"])
+        np.testing.assert_allclose(structure_fingerprint(crystal)[compared], expected[compared], rtol=0, atol=1e-6)
 
 
 def test_fixture_is_worth_its_name():
@@ -225,3 +235,21 @@ def test_real_crystals_all_have_one():
         assert values.shape == (61,) and np.isfinite(values).all()
         probabilities = values[[name.startswith("wt") for name in FEATURE_NAMES]]
         assert (probabilities >= 0).all() and probabilities.sum() <= 1 + 1e-9
+
+
+def test_sites_that_hang_on_rounding_are_done_as_pymatgen_does_them(monkeypatch):
+    """Two layers of four equal neighbours, of which pymatgen's parameter for bcc prefers some orders."""
+    lattice = lattice_from_parameters(np.array([4.0, 4.0, 5.5]), np.array([90.0, 90.0, 90.0]))
+    frac = [[0, 0, 0], [0.5, 0.5, 0.5], [0.3, 0.1, 0.25], [0.9, 0.3, 0.25], [0.7, 0.9, 0.25], [0.1, 0.7, 0.25]]
+    layered = Crystal.create([57, 57, 46, 46, 46, 46], frac, lattice)
+    asked = []
+    original = crystalnn.voronoi_faces
+
+    def spied(crystal, sites=None, **settings):
+        asked.append((sites, settings))
+        return original(crystal, sites, **settings)
+
+    monkeypatch.setattr(crystalnn, "voronoi_faces", spied)
+    site_fingerprints(layered)
+    assert hangs_on_rounding(layered)
+    assert asked[1][1] == {"as_pymatgen": True} and len(asked[1][0]) > 0

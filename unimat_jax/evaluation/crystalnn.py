@@ -4,7 +4,11 @@ CDVAE's coverage (Xie et al. 2022, arXiv 2110.06197) compares crystals by them. 
 and of pymatgen 2026.10's CrystalNN with its default settings: N. E. R. Zimmermann and A. Jain, RSC Adv. 10, 6063
 (2020), doi:10.1039/C9RA07755C. Neighbours share a face of the Voronoi polyhedron; its solid angle, the difference of
 electronegativity and the distance weigh them; every coordination number gets a probability, and its shell is compared
-with ideal motifs. The values agree with matminer's to 1e-6.
+with ideal motifs.
+
+The values are matminer's: on the same numpy, 3,414 crystals showed no site that differs by more than 3e-8. One feature,
+"body-centered cubic CN_8", depends on the order of neighbours, which among equal ones is that of rounding errors:
+matminer's own value changes with the version of numpy (in 1 of 100 crystals of MP-20, by 3e-5).
 """
 
 from __future__ import annotations
