@@ -1,4 +1,4 @@
-"""Remakes unimat_jax/evaluation/data/elements.json from the wheel of matminer 0.10.1 on PyPI and pymatgen.
+"""Remakes unimat_jax/evaluation/magpie_data/elements.json from the wheel of matminer 0.10.1 on PyPI and pymatgen.
 
 python -m data_prep.make_magpie [--wheel=matminer-0.10.1-py3-none-any.whl] [--output=elements.json]
 """
@@ -23,7 +23,7 @@ from unimat_jax.periodic_table import MAX_ATOMIC_NUMBER, SYMBOLS
 
 WHEEL_SHA256 = "eb66571c2a961b996855fa2a4cc90a67bdc7a12fa24e254e02681910c3f2e31f"
 TABLES = "matminer/utils/data_files/magpie_elementdata"
-OUTPUT = Path(__file__).parents[1] / "unimat_jax" / "evaluation" / "data" / "elements.json"
+OUTPUT = Path(__file__).parents[1] / "unimat_jax" / "evaluation" / "magpie_data" / "elements.json"
 PROPERTIES = (
     *("Number", "MendeleevNumber", "AtomicWeight", "MeltingT", "Column", "Row", "CovalentRadius", "Electronegativity"),
     *("NsValence", "NpValence", "NdValence", "NfValence", "NValence"),
