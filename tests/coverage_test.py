@@ -121,3 +121,4 @@ def test_nearest_rows_is_exact_among_near_ties():
     np.testing.assert_allclose(distance, exact.min(1), rtol=0, atol=1e-15)
     assert (exact[np.arange(len(points)), index] == exact.min(1)).all()
     assert (index == exact.argmin(1)).all(), "the first of equals"
+    assert nearest_rows(np.zeros((1, 1)), np.array([[3.0], [1.0], [-1.0]]))[1] == [1]

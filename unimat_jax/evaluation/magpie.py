@@ -26,7 +26,7 @@ FEATURE_NAMES = tuple(f"MagpieData {statistic} {name}" for name in PROPERTIES fo
 
 @functools.cache
 def element_data() -> dict[str, list[float | None]]:
-    """data/elements.json, whose README says where it is from: by name, a value for each Z from 1 to 118 or feature."""
+    """magpie_data/elements.json (see its README): by name, one value for each Z from 1 to 118 or for each feature."""
     return json.loads((Path(__file__).parent / "magpie_data" / "elements.json").read_text(encoding="utf-8"))
 
 
