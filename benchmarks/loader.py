@@ -17,9 +17,9 @@ import jax
 import jax.numpy as jnp
 
 from unimat_jax import data, models
+from unimat_jax.assembly import init_arguments
 from unimat_jax.cli import Parser, run_program
 from unimat_jax.main import config_path, load_config
-from unimat_jax.train import init_arguments
 from unimat_jax.train_state import create_state, make_optimizer, make_schedule
 from unimat_jax.train_step import Objective, train_step
 

@@ -38,6 +38,8 @@ ORDER = [
     "unimat_jax.sharding",
     "unimat_jax.train_state",
     "unimat_jax.train_step",
+    "unimat_jax.flops",
+    "unimat_jax.assembly",
     "unimat_jax.checkpoint",
     "unimat_jax.metric_writer",
     "unimat_jax.default_config",

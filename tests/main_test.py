@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from unimat_jax import data, main, models
+from unimat_jax.assembly import init_arguments
 from unimat_jax.cli import run_program
 from unimat_jax.default_config import get_config
 from unimat_jax.errors import UserError
 from unimat_jax.periodic_table import SYMBOLS
-from unimat_jax.train import init_arguments
 from unimat_jax.train_state import SCHEDULES
 from unimat_jax.train_step import Objective
 

@@ -11,8 +11,8 @@ from jax.sharding import PartitionSpec
 from tiny_run import BATCH_SIZE, PROPERTY, TINY_MODEL
 
 from unimat_jax import data, models, sharding
+from unimat_jax.assembly import init_arguments
 from unimat_jax.errors import UserError
-from unimat_jax.train import init_arguments
 from unimat_jax.train_state import create_state
 from unimat_jax.train_step import Objective, train_step
 

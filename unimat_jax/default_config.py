@@ -68,6 +68,8 @@ def get_config() -> Any:  # a ConfigDict; its fields are unknown to type checker
     config.train = ConfigDict()
     config.train.num_steps = 200_000  # (paper)
     config.train.batch_size = 512  # global (paper)
+    config.train.microbatches = 1  # parts of a batch that run one after another, their gradients added: saves memory
+    config.train.compilation_cache = "auto"  # compiled programs are kept there; "auto": ~/.cache/unimat_jax, "": off
     config.train.seed = 0
     config.train.fsdp = 1  # devices that share one copy of the parameters
     config.train.log_every = 50

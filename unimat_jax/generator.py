@@ -16,9 +16,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from unimat_jax import models, sampler, sharding
+from unimat_jax import assembly, sampler, sharding
 from unimat_jax.checkpoint import load_params, read_run
-from unimat_jax.conditioning import free_sites, make_condition
 from unimat_jax.crystal import Crystal
 from unimat_jax.errors import UserError
 from unimat_jax.periodic_table import SYMBOLS
@@ -31,7 +30,6 @@ from unimat_jax.requests import (
     formula_requests,
     parse_units,
 )
-from unimat_jax.train import init_arguments
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,10 +76,9 @@ class Generator:
         self.directory, self.config, self.description = read_run(checkpoint)
         self.spec = UniMatSpec.from_json(self.description["spec"])
         self.condition_schema: list[dict[str, Any]] = self.description["condition_schema"]
-        settings = dict(self.description["model"])
-        self._network = models.create(settings.pop("name"), **settings)
+        self._network = assembly.create_network(self.description["model"])
         self._mesh = sharding.make_mesh()
-        arguments = init_arguments(self.spec, len(self.condition_schema))
+        arguments = assembly.init_arguments(self.spec, len(self.condition_schema))
         shapes = jax.eval_shape(lambda: self._network.init(jax.random.key(0), *arguments)["params"])
         everywhere = sharding.replicated(self._mesh)
         like = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=everywhere), shapes)
@@ -167,32 +164,13 @@ class Generator:
 
     @functools.lru_cache(maxsize=4)  # noqa: B019 - a generator lives as long as its compiled samplers
     def _sampler(self, settings: SamplerSettings, size: int) -> Any:
-        diffusion = self.description["diffusion"]
-
-        def run(params, key, arrays):
-            cond = make_condition(*(arrays[name] for name in (
-                "counts", "counts_given", "elements", "elements_given", "properties", "properties_given")))  # fmt: skip
-            free = free_sites(cond, self.spec)
-            return sampler.sample(
-                functools.partial(self._network.apply, {"params": params}),
-                key,
-                (size, *self.spec.grid, 3),
-                lattice_size=self.spec.lattice_size,
-                indices=arrays["indices"],
-                cond=cond,
-                free=free,
-                forced_null=arrays["forbidden"][:, None] & free,
-                num_steps=settings.num_steps,
-                method=settings.method,
-                log_variance_interpolation=settings.log_variance_interpolation,
-                guidance_weight=settings.guidance_weight,
-                prediction_type=diffusion["prediction_type"],
-                logsnr_min=diffusion["logsnr_min"],
-                logsnr_max=diffusion["logsnr_max"],
-            )
-
-        everywhere, by_batch = sharding.replicated(self._mesh), sharding.batch_sharding(self._mesh)
-        return jax.jit(run, in_shardings=(everywhere, everywhere, by_batch), out_shardings=by_batch)
+        return assembly.sampler_program(
+            self._network.apply,
+            self.spec,
+            self._mesh,
+            diffusion=self.description["diffusion"],
+            **{**dataclasses.asdict(settings), "batch_size": size},
+        )
 
     def _sample_of(self, index: int, request: Request, x: np.ndarray, lattice: np.ndarray) -> Sample:
         uid = f"gen_{index:06d}"

@@ -17,23 +17,26 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from unimat_jax import data, models, sampler, sharding
+from unimat_jax import data, sampler, sharding
+from unimat_jax.assembly import Assembly, assemble
 from unimat_jax.checkpoint import CONFIG, FOLDER, MODEL, Checkpoints, write_json
 from unimat_jax.conditioning import free_sites, make_condition
+from unimat_jax.default_config import get_config
 from unimat_jax.densify import occupancy
 from unimat_jax.diffusion import PREDICTION_TYPES
 from unimat_jax.errors import UserError
 from unimat_jax.evaluation.validity import check
 from unimat_jax.metric_writer import MetricWriter, Progress
 from unimat_jax.representation import DecodeFailure, UniMatSpec, decode
-from unimat_jax.train_state import create_state, make_optimizer, make_schedule
-from unimat_jax.train_step import Objective, eval_metrics, eval_step, train_step
+from unimat_jax.train_step import eval_metrics
 
 # A run may go on with other values of these; every other field of the config must stay what it was.
-FREE_ON_RESUME = ("train.num_steps", "train.log_every", "train.checkpoint_every", "train.eval_every",
-                  "train.eval_examples", "train.sample_every", "train.sample_examples", "train.keep_checkpoints",
-                  "train.fsdp", "data.data_dir", "data.num_threads", "data.prefetch", "data.prepare", "sample",
-                  "optimizer.learning_rate", "optimizer.schedule", "optimizer.final_factor")  # fmt: skip
+FREE_ON_RESUME = (
+    "train.num_steps", "train.log_every", "train.checkpoint_every", "train.eval_every", "train.eval_examples",
+    "train.sample_every", "train.sample_examples", "train.keep_checkpoints", "train.fsdp", "train.microbatches",
+    "train.compilation_cache", "model.remat", "data.data_dir", "data.num_threads", "data.prefetch", "data.prepare",
+    "sample", "optimizer.learning_rate", "optimizer.schedule", "optimizer.final_factor",
+)  # fmt: skip
 MODEL_FORMAT = 1
 
 
@@ -53,14 +56,6 @@ class StopRequest:
     def __exit__(self, *exception: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
-
-
-def init_arguments(spec: UniMatSpec, num_properties: int) -> tuple[Any, ...]:
-    """Arguments of the network (batch of 1) to initialise it or to trace its shapes."""
-    lhw, zeros = spec.grid, functools.partial(jnp.zeros, dtype=jnp.float32)
-    properties = zeros((1, num_properties))
-    cond = make_condition(zeros((1, *lhw)), zeros(1), zeros((1, *lhw[1:])), zeros(1), properties, properties)
-    return zeros((1, *lhw, 3)), zeros((1, spec.lattice_size)), zeros(1), cond
 
 
 def train(config: Any, workdir: str | Path) -> dict[str, float]:
@@ -109,32 +104,9 @@ def train(config: Any, workdir: str | Path) -> dict[str, float]:
             eval_note += f"; {left_out} do not fit the model's table or L" if left_out else ""
 
     # Model, state and steps.
-    network = models.create(config.model.name, **{k: v for k, v in config.model.items() if k != "name"})
-    arguments = init_arguments(spec, len(schema))
-    schedule = make_schedule(num_steps=config.train.num_steps, **_pick(
-        config.optimizer, "learning_rate", "schedule", "warmup_steps", "final_factor"))  # fmt: skip
-    optimizer = make_optimizer(schedule, **_pick(config.optimizer, "b1", "b2", "weight_decay", "grad_clip"))
-    root_key = jax.random.key(config.train.seed)
-    init_key, step_key, eval_key = (jax.random.fold_in(root_key, i) for i in range(3))
-
-    def init():
-        return create_state(lambda: network.init(init_key, *arguments)["params"], optimizer)
-
-    shapes = jax.eval_shape(init)
-    shardings = sharding.fsdp_sharding(mesh, shapes)
-    by_batch, everywhere = sharding.batch_sharding(mesh), sharding.replicated(mesh)
-    objective = Objective(apply=network.apply, spec=spec, **config.diffusion)
-    jit_train_step = jax.jit(
-        functools.partial(train_step, objective=objective, optimizer=optimizer, ema_decay=config.optimizer.ema_decay),
-        in_shardings=(shardings, by_batch, everywhere),
-        out_shardings=(shardings, everywhere),
-        donate_argnums=0,
-    )
-    jit_eval_step = jax.jit(
-        functools.partial(eval_step, objective=objective),
-        in_shardings=(shardings.ema_params, by_batch, everywhere),
-        out_shardings=everywhere,
-    )
+    run = assemble(config, spec, schema, mesh)
+    by_batch = sharding.batch_sharding(mesh)
+    step_key, eval_key = (jax.random.fold_in(jax.random.key(config.train.seed), i) for i in (1, 2))
 
     workdir.mkdir(parents=True, exist_ok=True)
     _check_same_run(workdir, config)
@@ -148,15 +120,15 @@ def train(config: Any, workdir: str | Path) -> dict[str, float]:
             "name": config.data.dataset,
             **{k: statistics.get(k) for k in ("num_examples", "elements", "notes", "source")},
         },
-        "num_params": sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(shapes.params)),
+        "num_params": run.num_params,
     }
     _check_same_data(workdir, description)
     checkpoints = Checkpoints(workdir, config.train.keep_checkpoints)
     iterator = data.training_iterator(batches, num_threads=config.data.num_threads, prefetch=config.data.prefetch)
     if checkpoints.latest_step is None:
-        state = jax.jit(init, out_shardings=shardings)()
+        state = run.init()
     else:
-        like = jax.tree.map(lambda s, d: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=d), shapes, shardings)
+        like = jax.tree.map(lambda s, d: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=d), run.shapes, run.shardings)
         state, position = checkpoints.restore(like)
         iterator.set_state(position)
     start_step = int(state.step)
@@ -171,13 +143,13 @@ def train(config: Any, workdir: str | Path) -> dict[str, float]:
 
     writer = MetricWriter(workdir, first)
 
-    sampled = sample_check(network, eval_batches[0], objective, config)
+    sampled = sample_check(run, eval_batches[0], config)
 
     def evaluate(step: int) -> dict[str, float]:
         jax.block_until_ready(state)  # the steps under way are training: their time counts
         begin = time.monotonic()
         batches_on_devices = (sharding.to_devices(batch, by_batch) for batch in eval_batches)
-        sums = sum(np.asarray(jit_eval_step(state.ema_params, batch, eval_key)) for batch in batches_on_devices)
+        sums = sum(np.asarray(run.eval_step(state.ema_params, batch, eval_key)) for batch in batches_on_devices)
         result = eval_metrics(sums, config.diffusion.lattice_weight)
         if config.train.sample_every and (step % config.train.sample_every == 0 or step == config.train.num_steps):
             result |= sampled(state.ema_params)
@@ -198,12 +170,12 @@ def train(config: Any, workdir: str | Path) -> dict[str, float]:
             batch = sharding.to_devices(next(iterator), by_batch)
             progress.waited(time.monotonic() - begin)
             begin = time.monotonic()
-            state, step_metrics = jit_train_step(state, batch, step_key)
+            state, step_metrics = run.train_step(state, batch, step_key)
             if step == start_step:
                 progress.left_out(time.monotonic() - begin)  # compilation
             # The previous step's numbers are read only after the next step is under way: the device never idles.
             if pending is not None:
-                metrics |= _log(pending, progress, writer, schedule, workdir)
+                metrics |= _log(pending, progress, writer, run.schedule, workdir)
                 pending = None
             done = step + 1
             if done % config.train.log_every == 0 or done == config.train.num_steps:
@@ -215,7 +187,7 @@ def train(config: Any, workdir: str | Path) -> dict[str, float]:
                 metrics |= evaluated
             if done % config.train.checkpoint_every == 0 or last:
                 if pending is not None:
-                    metrics |= _log(pending, progress, writer, schedule, workdir)
+                    metrics |= _log(pending, progress, writer, run.schedule, workdir)
                     pending = None
                 _check_finite(done, step_metrics, workdir)  # of the state that is about to be kept
                 jax.block_until_ready(state)
@@ -252,11 +224,10 @@ def _check_finite(step: int, metrics: Mapping[str, jax.Array], workdir: Path) ->
         )
 
 
-def sample_check(
-    network: Any, batch: Mapping[str, np.ndarray], objective: Objective, config: Any
-) -> Callable[[Any], dict[str, float]]:
+def sample_check(run: Assembly, batch: Mapping[str, np.ndarray], config: Any) -> Callable[[Any], dict[str, float]]:
     """A function of parameters that samples crystals of the compositions of a validation batch, with always the same
     noise, and gives the shares that decode and that are valid."""
+    objective = run.objective
     spec, number = objective.spec, min(config.train.sample_examples, len(batch["slot"]))
     part = {name: jnp.asarray(value[:number]) for name, value in batch.items()}
     counts = occupancy(part, spec).astype(jnp.float32)
@@ -267,13 +238,13 @@ def sample_check(
     @jax.jit
     def sample(params: Any) -> Any:
         return sampler.sample(
-            functools.partial(network.apply, {"params": params}), jax.random.key(0), (number, *spec.grid, 3),
+            functools.partial(run.network.apply, {"params": params}), jax.random.key(0), (number, *spec.grid, 3),
             lattice_size=spec.lattice_size, cond=cond, free=free_sites(cond, spec), indices=jnp.arange(number),
             prediction_type=objective.prediction_type, logsnr_min=objective.logsnr_min, logsnr_max=objective.logsnr_max,
             **_pick(config.sample, "num_steps", "method", "log_variance_interpolation"),
         )  # fmt: skip
 
-    def run(params: Any) -> dict[str, float]:
+    def check_samples(params: Any) -> dict[str, float]:
         x, lattice = (np.asarray(a) for a in sample(params))
         decoded = [decode(x[i], lattice[i], spec, counts=asked[i]) for i in range(number)]
         crystals = [c for c in decoded if not isinstance(c, DecodeFailure)]
@@ -283,7 +254,7 @@ def sample_check(
             "sample/min_distance": float(np.median([c.min_distance for c in crystals])) if crystals else 0.0,
         }
 
-    return run
+    return check_samples
 
 
 def _check(config: Any) -> None:
@@ -308,7 +279,9 @@ def _check(config: Any) -> None:
 def _check_same_run(workdir: Path, config: Any) -> None:
     if not (workdir / CONFIG).exists() or not (workdir / FOLDER).exists():
         return
-    before, now = _flat(json.loads((workdir / CONFIG).read_text())), _flat(_plain(config))
+    # What an older version's config lacks is what the default still does.
+    before = _flat(_plain(get_config())) | _flat(json.loads((workdir / CONFIG).read_text()))
+    now = _flat(_plain(config))
     changed = [
         name
         for name in sorted(before.keys() | now.keys())

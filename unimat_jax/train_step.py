@@ -74,18 +74,45 @@ def train_step(
     objective: Objective,
     optimizer: optax.GradientTransformation,
     ema_decay: float,
+    microbatches: int = 1,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """(next state, metrics). All randomness comes from (key, step)."""
-    time_key, loss_key = jax.random.split(jax.random.fold_in(key, state.step))
+    """(next state, metrics). All randomness comes from (key, step, number of the microbatch).
 
-    def loss_fn(params):
-        t = diffusion.antithetic_times(time_key, batch["slot"].shape[0])
-        x_loss, lattice_loss = objective.losses(params, batch, loss_key, t, train=True)
+    microbatches: M > 1 runs the batch in M parts, one after another, and averages their gradients: the update of the
+    whole batch in about an M-th of its memory. Part m holds examples m, m + M, ...: as many of each device's.
+    """
+    time_key, loss_key = jax.random.split(jax.random.fold_in(key, state.step))
+    number = batch["slot"].shape[0]
+    times = diffusion.antithetic_times(time_key, number)
+
+    def loss_fn(params, batch, t, key):
+        x_loss, lattice_loss = objective.losses(params, batch, key, t, train=True)
         x_loss, lattice_loss = x_loss.mean(), lattice_loss.mean()
         loss = x_loss + objective.lattice_weight * lattice_loss
         return loss, {"train/loss": loss, "train/x_loss": x_loss, "train/lattice_loss": lattice_loss}
 
-    (_, metrics), gradients = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+    def gradients_and_metrics(batch, t, key):
+        (_, metrics), gradients = jax.value_and_grad(loss_fn, has_aux=True)(state.params, batch, t, key)
+        return gradients, metrics
+
+    if microbatches == 1:
+        gradients, metrics = gradients_and_metrics(batch, times, loss_key)
+    else:
+
+        def split(a):
+            return a.reshape(number // microbatches, microbatches, *a.shape[1:]).swapaxes(0, 1)
+
+        def add(total, part):
+            m, batch, t = part
+            new = gradients_and_metrics(batch, t, jax.random.fold_in(loss_key, m))
+            return jax.tree.map(jnp.add, total, new), None
+
+        parts = (jnp.arange(microbatches), jax.tree.map(split, dict(batch)), split(times))
+        one = jax.tree.map(lambda a: a[0], parts)
+        like = jax.eval_shape(lambda m, b, t: gradients_and_metrics(b, t, loss_key), *one)
+        zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), like)
+        total, _ = jax.lax.scan(add, zeros, parts)
+        gradients, metrics = jax.tree.map(lambda a: a / microbatches, total)
     metrics["train/grad_norm"] = optax.tree.norm(gradients)
     state = apply_gradients(state, gradients, optimizer, ema_decay)
     metrics["train/param_norm"] = optax.tree.norm(state.params)  # not finite where the update broke the parameters

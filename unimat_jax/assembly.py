@@ -1,0 +1,193 @@
+"""From a config to the jitted programs of a run: train step, evaluation step and sampler, with their shardings.
+
+Training, generation and ahead-of-time compilation all take them from here: what is compiled for a pod that is not there
+is what would run on it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from unimat_jax import models, sampler, sharding
+from unimat_jax.conditioning import free_sites, make_condition
+from unimat_jax.errors import UserError
+from unimat_jax.representation import UniMatSpec
+from unimat_jax.train_state import create_state, make_optimizer, make_schedule
+from unimat_jax.train_step import Objective, eval_step, train_step
+
+CONDITION = ("counts", "counts_given", "elements", "elements_given", "properties", "properties_given")
+
+
+def create_network(settings: Mapping[str, Any]) -> Any:
+    """The network of the fields of config.model. Raises UserError for what does not exist."""
+    return models.create(settings["name"], **{k: v for k, v in settings.items() if k != "name"})
+
+
+def init_arguments(spec: UniMatSpec, num_properties: int) -> tuple[Any, ...]:
+    """Arguments of the network (batch of 1) to initialise it or to trace its shapes."""
+    lhw, zeros = spec.grid, functools.partial(jnp.zeros, dtype=jnp.float32)
+    properties = zeros((1, num_properties))
+    cond = make_condition(zeros((1, *lhw)), zeros(1), zeros((1, *lhw[1:])), zeros(1), properties, properties)
+    return zeros((1, *lhw, 3)), zeros((1, spec.lattice_size)), zeros(1), cond
+
+
+def abstract_batch(spec: UniMatSpec, num_properties: int, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of a training batch, as `data.BatchMaker` makes it."""
+
+    def array(*shape: int, dtype: Any = np.float32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((batch_size, *shape), dtype)
+
+    return {
+        "slot": array(spec.max_atoms, dtype=np.int32),
+        "coords": array(spec.max_atoms, 3),
+        "lattice": array(spec.lattice_size),
+        "num_atoms": array(dtype=np.int32),
+        "properties": array(num_properties),
+        "index": array(dtype=np.int32),
+    }
+
+
+def abstract_conditions(spec: UniMatSpec, num_properties: int, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of what a sampler of `sampler_program` takes for a batch."""
+
+    def array(*shape: int, dtype: Any = np.float32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((batch_size, *shape), dtype)
+
+    return {
+        "counts": array(*spec.grid),
+        "counts_given": array(),
+        "elements": array(*spec.table.shape),
+        "elements_given": array(),
+        "properties": array(num_properties),
+        "properties_given": array(num_properties),
+        "forbidden": array(*spec.table.shape, dtype=np.bool_),
+        "indices": array(dtype=np.int32),
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class Assembly:
+    """A run's network and jitted programs. `shapes` and `shardings` are those of the TrainState that `init()` makes."""
+
+    network: Any
+    objective: Objective
+    schedule: optax.Schedule
+    init: Callable[[], Any]
+    shapes: Any
+    shardings: Any
+    train_step: Any
+    """(state, batch, key) -> (state, metrics); the state is donated."""
+    eval_step: Any
+    """(params, batch, key) -> summed losses."""
+
+    @property
+    def num_params(self) -> int:
+        return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(self.shapes.params))
+
+
+def assemble(config: Any, spec: UniMatSpec, schema: Sequence[Mapping[str, Any]], mesh: Any) -> Assembly:
+    """The programs of a config for one tensor shape and one mesh. Raises UserError for fields that cannot be."""
+    check_microbatches(config.train.batch_size, config.train.microbatches, mesh)
+    network = create_network(config.model)
+    arguments = init_arguments(spec, len(schema))
+    o = config.optimizer
+    schedule = make_schedule(
+        num_steps=config.train.num_steps,
+        learning_rate=o.learning_rate,
+        schedule=o.schedule,
+        warmup_steps=o.warmup_steps,
+        final_factor=o.final_factor,
+    )
+    optimizer = make_optimizer(schedule, b1=o.b1, b2=o.b2, weight_decay=o.weight_decay, grad_clip=o.grad_clip)
+    init_key = jax.random.fold_in(jax.random.key(config.train.seed), 0)
+
+    def init():
+        return create_state(lambda: network.init(init_key, *arguments)["params"], optimizer)
+
+    shapes = jax.eval_shape(init)
+    shardings = sharding.fsdp_sharding(mesh, shapes)
+    by_batch, everywhere = sharding.batch_sharding(mesh), sharding.replicated(mesh)
+    objective = Objective(apply=network.apply, spec=spec, **config.diffusion)
+    step = functools.partial(
+        train_step,
+        objective=objective,
+        optimizer=optimizer,
+        ema_decay=o.ema_decay,
+        microbatches=config.train.microbatches,
+    )
+    return Assembly(
+        network=network,
+        objective=objective,
+        schedule=schedule,
+        init=jax.jit(init, out_shardings=shardings),
+        shapes=shapes,
+        shardings=shardings,
+        train_step=jax.jit(
+            step,
+            in_shardings=(shardings, by_batch, everywhere),
+            out_shardings=(shardings, everywhere),
+            donate_argnums=0,
+        ),
+        eval_step=jax.jit(
+            functools.partial(eval_step, objective=objective),
+            in_shardings=(shardings.ema_params, by_batch, everywhere),
+            out_shardings=everywhere,
+        ),
+    )
+
+
+def check_microbatches(batch_size: int, microbatches: int, mesh: Any) -> None:
+    """Raises UserError unless each device gets a whole number of examples of each microbatch."""
+    if microbatches < 1 or batch_size % (microbatches * mesh.size):
+        raise UserError(
+            f"train.batch_size = {batch_size} does not divide by train.microbatches = {microbatches} times "
+            f"{mesh.size} devices: choose a multiple"
+        )
+
+
+def sampler_program(
+    apply: Callable[..., Any],
+    spec: UniMatSpec,
+    mesh: Any,
+    *,
+    diffusion: Mapping[str, Any],
+    batch_size: int,
+    num_steps: int,
+    method: str,
+    log_variance_interpolation: float,
+    guidance_weight: float,
+) -> Any:
+    """Jitted (params, key, arrays of `abstract_conditions`) -> (x_0 [B, L, H, W, 3], lattice_0 [B, D]), the batch over
+    all devices of the mesh, the parameters on each. `diffusion`: the fields of config.diffusion."""
+
+    def run(params, key, arrays):
+        cond = make_condition(*(arrays[name] for name in CONDITION))
+        free = free_sites(cond, spec)
+        return sampler.sample(
+            functools.partial(apply, {"params": params}),
+            key,
+            (batch_size, *spec.grid, 3),
+            lattice_size=spec.lattice_size,
+            indices=arrays["indices"],
+            cond=cond,
+            free=free,
+            forced_null=arrays["forbidden"][:, None] & free,
+            num_steps=num_steps,
+            method=method,
+            log_variance_interpolation=log_variance_interpolation,
+            guidance_weight=guidance_weight,
+            prediction_type=diffusion["prediction_type"],
+            logsnr_min=diffusion["logsnr_min"],
+            logsnr_max=diffusion["logsnr_max"],
+        )
+
+    everywhere, by_batch = sharding.replicated(mesh), sharding.batch_sharding(mesh)
+    return jax.jit(run, in_shardings=(everywhere, everywhere, by_batch), out_shardings=by_batch)
