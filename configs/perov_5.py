@@ -3,7 +3,7 @@
 unimat prepare --dataset=perov_5 --source=DIR_WITH_CDVAE_CSV_FILES --data_dir=data
 python -m unimat_jax.main --config=configs/perov_5.py --workdir=runs/perov_5
 
-Cost: 30 minutes on two idle cores (240 crystals/s, 3.4 M parameters). Result, one sample for each of 500 validation
+Cost: 30 minutes on two idle cores (240 crystals/s, 2.3 M parameters). Result, one sample for each of 500 validation
 compositions: 99.4 % keep 1.3 A, match rate 52.2 %, RMSE 0.107 (benchmarks/README.md, "perov_unet").
 """
 

@@ -132,6 +132,31 @@ def test_all_randomness_comes_from_the_key_and_the_step(batch, step):
     assert float(run(later, batch, jax.random.key(0))[1]["train/loss"]) != loss
 
 
+@pytest.mark.parametrize("microbatches", [2, 4])
+def test_microbatches_average_the_gradients_of_their_parts(batch, step, microbatches):
+    """Part m holds examples m, m + M, ..., their times of the whole batch, and has the key of its number."""
+    state, _ = step
+    target = objective(linear)
+    run = functools.partial(train_step, objective=target, optimizer=optax.sgd(0.1), ema_decay=0.9)
+    new, metrics = jax.jit(functools.partial(run, microbatches=microbatches))(state, batch, jax.random.key(3))
+    time_key, loss_key = jax.random.split(jax.random.fold_in(jax.random.key(3), state.step))
+    times = diffusion.antithetic_times(time_key, NUMBER)
+
+    def loss(params):
+        total = 0.0
+        for m in range(microbatches):
+            part = {name: value[m::microbatches] for name, value in batch.items()}
+            key = jax.random.fold_in(loss_key, m)
+            x_loss, lattice_loss = target.losses(params, part, key, times[m::microbatches], train=True)
+            total = total + (x_loss.mean() + 2.0 * lattice_loss.mean()) / microbatches
+        return total
+
+    value, gradients = jax.value_and_grad(loss)(state.params)
+    assert metrics["train/loss"] == pytest.approx(float(value), rel=1e-5)
+    for old, now, gradient in zip(*map(jax.tree.leaves, (state.params, new.params, gradients)), strict=True):
+        np.testing.assert_allclose(now, old - 0.1 * gradient, rtol=1e-4, atol=1e-6)
+
+
 def test_parameters_that_an_update_broke_show_in_the_same_step(batch):
     """Its loss is that of the parameters before it: still finite."""
     optimizer = optax.sgd(1e30)

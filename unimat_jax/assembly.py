@@ -89,6 +89,13 @@ class Assembly:
     """(params, batch, key) -> summed losses."""
 
     @property
+    def abstract_state(self) -> Any:
+        """The TrainState's shapes with their shardings."""
+        return jax.tree.map(
+            lambda s, d: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=d), self.shapes, self.shardings
+        )
+
+    @property
     def num_params(self) -> int:
         return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(self.shapes.params))
 

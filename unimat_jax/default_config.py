@@ -1,6 +1,6 @@
 """Every config field once, with its unit and meaning. Files in configs/ start from here and set what differs.
 
-Values marked (paper) are those of the paper's appendix 6; the others are ours (README, "Deviations from the paper").
+Values marked (paper) are those of the paper's appendix 6; the others are ours (docs/deviations.md).
 """
 
 from __future__ import annotations
@@ -43,6 +43,10 @@ def get_config() -> Any:  # a ConfigDict; its fields are unknown to type checker
     config.model.coordinate_frequencies = 0  # K > 0: sin and cos of coordinates, 1, 2, ... 2^(K-1) waves, as input
     config.model.attended_sites = 0  # K > 0: attention among the K likeliest sites, told of coordinate differences
     config.model.site_width = 128  # of its tokens
+    config.model.dtype = (
+        "float32"  # of activations and products; "bfloat16": parameters, norms, softmax, loss stay float32
+    )
+    config.model.remat = False  # compute each block again for its gradient: much less memory, a third more work
 
     config.diffusion = ConfigDict()
     config.diffusion.prediction_type = "eps"  # (paper); "x0", "v"

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from unimat_jax import assembly, sampler, sharding
+from unimat_jax import assembly, compilation_cache, sampler, sharding
 from unimat_jax.checkpoint import load_params, read_run
 from unimat_jax.crystal import Crystal
 from unimat_jax.errors import UserError
@@ -78,6 +78,7 @@ class Generator:
         self.condition_schema: list[dict[str, Any]] = self.description["condition_schema"]
         self._network = assembly.create_network(self.description["model"])
         self._mesh = sharding.make_mesh()
+        compilation_cache.enable(self.config["train"].get("compilation_cache", "auto"))
         arguments = assembly.init_arguments(self.spec, len(self.condition_schema))
         shapes = jax.eval_shape(lambda: self._network.init(jax.random.key(0), *arguments)["params"])
         everywhere = sharding.replicated(self._mesh)

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from unimat_jax import data, sampler, sharding
-from unimat_jax.assembly import Assembly, assemble
+from unimat_jax import compilation_cache, data, flops, sampler, sharding
+from unimat_jax.assembly import Assembly, abstract_batch, assemble
 from unimat_jax.checkpoint import CONFIG, FOLDER, MODEL, Checkpoints, write_json
 from unimat_jax.conditioning import free_sites, make_condition
 from unimat_jax.default_config import get_config
@@ -62,6 +62,7 @@ def train(config: Any, workdir: str | Path) -> dict[str, float]:
     """Trains to config.train.num_steps, from the latest checkpoint in `workdir` if there is one; the last metrics."""
     workdir = Path(workdir)
     mesh = sharding.make_mesh(config.train.fsdp)
+    compilation_cache.enable(config.train.compilation_cache)
     _check(config)
     sharding.check_batch_size(config.train.batch_size, mesh, "config.train.batch_size")
     first = jax.process_index() == 0
@@ -128,14 +129,14 @@ def train(config: Any, workdir: str | Path) -> dict[str, float]:
     if checkpoints.latest_step is None:
         state = run.init()
     else:
-        like = jax.tree.map(lambda s, d: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=d), run.shapes, run.shardings)
-        state, position = checkpoints.restore(like)
+        state, position = checkpoints.restore(run.abstract_state)
         iterator.set_state(position)
     start_step = int(state.step)
     if first:
         write_json(workdir / CONFIG, _plain(config))
         write_json(workdir / MODEL, description)
-        _announce(description, len(source), mesh, start_step, config, eval_note)
+        cost = _cost(run, spec, len(schema), config, by_batch, step_key)
+        _announce(description, cost, len(source), mesh, start_step, config, eval_note)
     if start_step >= config.train.num_steps:
         print(f"{workdir} is done: step {start_step} of {config.train.num_steps}", file=sys.stderr)
         checkpoints.close()
@@ -330,13 +331,31 @@ def _last_metrics(workdir: Path) -> dict[str, float]:
     return merged
 
 
-def _announce(description: Mapping[str, Any], number: int, mesh: Any, start: int, config: Any, eval_note: str) -> None:
+def _cost(
+    run: Assembly, spec: UniMatSpec, num_properties: int, config: Any, by_batch: Any, key: Any
+) -> flops.ModelCost:
+    """By the trace of the train step that its first call uses again."""
+    batch = abstract_batch(spec, num_properties, config.train.batch_size)
+    batch = {name: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=by_batch) for name, a in batch.items()}
+    return flops.step_cost(run.train_step, run.abstract_state, batch, key)
+
+
+def _announce(
+    description: Mapping[str, Any],
+    cost: flops.ModelCost,
+    number: int,
+    mesh: Any,
+    start: int,
+    config: Any,
+    eval_note: str,
+) -> None:
     devices: Sequence[Any] = mesh.devices.ravel()
     grid = UniMatSpec.from_json(description["spec"]).grid
     lines = [
         f"devices: {len(devices)} x {devices[0].device_kind}, mesh {dict(mesh.shape)}, jax {jax.__version__}",
         f"data: {description['dataset']['name']}, {number:,} training crystals, tensor L x H x W = {grid}",
-        f"model: {config.model.name}, {description['num_params']:,} parameters; optax {optax.__version__}",
+        f"model: {config.model.name}, {cost.num_params:,} parameters, "
+        f"{cost.train_flops_per_crystal / 1e9:.3g} GFLOP a crystal and step; optax {optax.__version__}",
         eval_note,
         f"steps: {start} of {config.train.num_steps} done, batch {config.train.batch_size}; compiling ...",
     ]

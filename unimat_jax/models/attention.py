@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from unimat_jax.models.layers import SiteNorm, zeros_init
+from unimat_jax.models.layers import Dense, SiteNorm, zeros_init
 
 ATTENTIONS = ("factorised", "full")
 
@@ -20,10 +20,10 @@ class Attention(nn.Module):
     def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
         number, tokens, channels = x.shape
         heads = next(n for n in range(max(1, channels // self.head_dim), 0, -1) if channels % n == 0)
-        qkv = nn.Dense(3 * channels, use_bias=False, name="qkv")(SiteNorm(name="norm")(x, mask))
+        qkv = Dense(3 * channels, use_bias=False, name="qkv")(SiteNorm(name="norm")(x, mask))
         q, k, v = (a.reshape(number, tokens, heads, -1) for a in jnp.split(qkv, 3, -1))
         y = jax.nn.dot_product_attention(q, k, v, mask=mask[:, None, None, :]).reshape(x.shape)
-        return x + nn.Dense(channels, kernel_init=zeros_init, name="out")(y)
+        return x + Dense(channels, kernel_init=zeros_init, name="out")(y)
 
 
 class GridAttention(nn.Module):
@@ -59,6 +59,6 @@ class SitePool(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
         sites = x.reshape(x.shape[0], -1, x.shape[-1])
-        logits = nn.Dense(self.heads, name="weights")(sites)
+        logits = Dense(self.heads, name="weights")(sites)
         weights = nn.softmax(jnp.where(mask.reshape(*sites.shape[:2], 1), logits, -1e9), axis=1)
         return jnp.einsum("bsh,bsc->bhc", weights, sites).reshape(x.shape[0], -1)

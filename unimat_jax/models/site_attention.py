@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from unimat_jax.models.layers import zeros_init
+from unimat_jax.models.layers import Dense, zeros_init
 
 PAIR_WIDTH = 64
 PAIR_WAVES = 3
@@ -68,21 +68,22 @@ class SiteAttention(nn.Module):
     ) -> tuple[jax.Array, jax.Array]:
         number, k, width = tokens.shape
         heads = next(n for n in range(max(1, width // self.head_dim), 0, -1) if width % n == 0)
-        tokens = tokens + nn.Dense(width, name="read")(gather(grid, sites))
-        scales = nn.Dense(4 * width, kernel_init=zeros_init, name="film")(embedding)[:, None]
+        tokens = tokens + Dense(width, name="read")(gather(grid, sites))
+        scales = Dense(4 * width, kernel_init=zeros_init, name="film")(embedding)[:, None]
         scale_in, shift_in, scale_mid, shift_mid = jnp.split(scales, 4, -1)
 
-        h = nn.LayerNorm(name="norm_in")(tokens) * (1 + scale_in) + shift_in
-        q, key, v = (a.reshape(number, k, heads, -1) for a in jnp.split(nn.Dense(3 * width, name="qkv")(h), 3, -1))
-        pair = nn.Dense(PAIR_WIDTH, name="pair_in")(pairs)
-        pair = nn.silu(pair + nn.Dense(PAIR_WIDTH, use_bias=False, name="pair_embedding")(embedding)[:, None, None])
-        logits = jnp.einsum("bihd,bjhd->bijh", q, key) / jnp.sqrt(q.shape[-1]) + nn.Dense(heads, name="pair_bias")(pair)
-        weights = nn.softmax(jnp.where(mask[:, None, :, None], logits, -1e9), axis=2)
+        h = nn.LayerNorm(dtype=tokens.dtype, name="norm_in")(tokens) * (1 + scale_in) + shift_in
+        q, key, v = (a.reshape(number, k, heads, -1) for a in jnp.split(Dense(3 * width, name="qkv")(h), 3, -1))
+        pair = Dense(PAIR_WIDTH, name="pair_in")(pairs)
+        pair = nn.silu(pair + Dense(PAIR_WIDTH, use_bias=False, name="pair_embedding")(embedding)[:, None, None])
+        logits = jnp.einsum("bihd,bjhd->bijh", q, key) / jnp.sqrt(q.shape[-1]) + Dense(heads, name="pair_bias")(pair)
+        logits = jnp.where(mask[:, None, :, None], logits.astype(jnp.float32), -1e9)
+        weights = nn.softmax(logits, axis=2).astype(tokens.dtype)
         values = jnp.einsum("bijh,bjhd->bihd", weights, v).reshape(number, k, width)
         geometry = jnp.einsum("bijh,bijp->bihp", weights, pair).reshape(number, k, heads * PAIR_WIDTH)
-        tokens = tokens + nn.Dense(width, name="out")(jnp.concatenate([values, geometry], -1))
+        tokens = tokens + Dense(width, name="out")(jnp.concatenate([values, geometry], -1))
 
-        h = nn.LayerNorm(name="norm_mid")(tokens) * (1 + scale_mid) + shift_mid
-        tokens = tokens + nn.Dense(width, name="mlp_out")(nn.silu(nn.Dense(2 * width, name="mlp_in")(h)))
-        written = nn.Dense(grid.shape[-1], kernel_init=zeros_init, name="write")(tokens) * mask[..., None]
+        h = nn.LayerNorm(dtype=tokens.dtype, name="norm_mid")(tokens) * (1 + scale_mid) + shift_mid
+        tokens = tokens + Dense(width, name="mlp_out")(nn.silu(Dense(2 * width, name="mlp_in")(h)))
+        written = Dense(grid.shape[-1], kernel_init=zeros_init, name="write")(tokens) * mask[..., None]
         return scatter_add(grid, sites, written), tokens

@@ -2,7 +2,7 @@
 
 Periods and groups take the place of a video's image plane, the atom index L that of its time. H x W shrinks by 3 a
 level, L never. Tensors are [B, L, H, W, C] throughout; convolutions run as 2D ones over B * L images, which backends do
-best. What the paper leaves open and we chose is in the README under "Deviations".
+best. What the paper leaves open and we chose is in docs/deviations.md.
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ import jax.numpy as jnp
 
 from unimat_jax.conditioning import possible_sites
 from unimat_jax.models.attention import ATTENTIONS, GridAttention, SitePool
-from unimat_jax.models.layers import CONVOLUTIONS, Conv, SiteNorm, zeros_init
+from unimat_jax.models.layers import CONVOLUTIONS, Conv, Dense, SiteNorm, zeros_init
 from unimat_jax.models.site_attention import SiteAttention, gather, pair_features, pick_sites
 
 SCALE = 3
 """Down-sampling factor of H and W per level: attention resolutions 1, 3, 9 (paper, appendix 6)."""
+
+DTYPES = ("float32", "bfloat16")
 
 
 def sinusoidal_embedding(logsnr: jax.Array, size: int) -> jax.Array:
@@ -40,13 +42,12 @@ class ResBlock(nn.Module):
     def __call__(self, x: jax.Array, mask: jax.Array, embedding: jax.Array, train: bool) -> jax.Array:
         h = nn.silu(SiteNorm(name="norm_in")(x, mask))
         h = Conv(self.features, self.convolution, name="conv_in")(h)
-        scale, shift = jnp.split(nn.Dense(2 * self.features, kernel_init=zeros_init, name="film")(embedding), 2, -1)
-        h = SiteNorm(name="norm_out")(h, mask)
-        h = nn.silu(h * (1 + scale[:, None, None, None]) + shift[:, None, None, None]) * mask[..., None]
+        scale, shift = jnp.split(Dense(2 * self.features, kernel_init=zeros_init, name="film")(embedding), 2, -1)
+        h = nn.silu(SiteNorm(name="norm_out")(h, mask, (scale, shift)))
         h = nn.Dropout(self.dropout_rate, deterministic=not train)(h)
         h = Conv(self.features, self.convolution, zeros_init, name="conv_out")(h)
         if x.shape[-1] != self.features:
-            x = nn.Dense(self.features, name="skip")(x)
+            x = Dense(self.features, name="skip")(x)
         return (x + h) * mask[..., None]
 
 
@@ -74,7 +75,7 @@ class Downsample(nn.Module):
         x = jnp.pad(x, ((0, 0), (0, 0), (0, -h % fh), (0, -w % fw), (0, 0)))
         h, w = x.shape[2] // fh, x.shape[3] // fw
         x = x.reshape(b, l, h, fh, w, fw, c).transpose(0, 1, 2, 4, 3, 5, 6).reshape(b, l, h, w, fh * fw * c)
-        return nn.Dense(self.features, name="patch")(x)
+        return Dense(self.features, name="patch")(x)
 
 
 class Upsample(nn.Module):
@@ -87,7 +88,7 @@ class Upsample(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         fh, fw = _factor(self.size[0]), _factor(self.size[1])
         b, l, h, w, _ = x.shape
-        x = nn.Dense(self.features * fh * fw, name="patch")(x).reshape(b, l, h, w, fh, fw, self.features)
+        x = Dense(self.features * fh * fw, name="patch")(x).reshape(b, l, h, w, fh, fw, self.features)
         x = x.transpose(0, 1, 2, 4, 3, 5, 6).reshape(b, l, h * fh, w * fw, self.features)
         return x[:, :, : self.size[0], : self.size[1]]
 
@@ -99,7 +100,9 @@ class UNet3D(nn.Module):
     sin and cos of each fractional coordinate, 1, 2, 4, ... 2^(K-1) waves in the cell, to the input. place_embedding: a
     learned vector for each (row, column), since a convolution alone cannot know which element a place is.
     attended_sites: K > 0 adds attention among the K likeliest sites, `site_width` wide, to each block of the finest
-    level (site_attention.py). Raises ValueError for a choice that does not exist.
+    level (site_attention.py). dtype: of activations and products ("bfloat16" halves their memory; parameters, sums,
+    norms and softmax stay float32, as do the input and output layers). remat: keep only what enters a block and compute
+    the rest again for the gradient. Raises ValueError for a choice that does not exist.
     """
 
     base_channels: int = 256
@@ -114,6 +117,8 @@ class UNet3D(nn.Module):
     coordinate_frequencies: int = 0
     attended_sites: int = 0
     site_width: int = 128
+    dtype: str = "float32"
+    remat: bool = False
 
     def __post_init__(self):
         levels = [SCALE**level for level in range(9)]
@@ -121,6 +126,7 @@ class UNet3D(nn.Module):
             ("convolution", [self.convolution], CONVOLUTIONS),
             ("attention", [self.attention], ATTENTIONS),
             ("attention_resolutions", self.attention_resolutions, levels),
+            ("dtype", [self.dtype], DTYPES),
         ):
             if not set(value) <= set(choices):
                 raise ValueError(f"{name} = {getattr(self, name)!r}: choose from {', '.join(map(str, choices))}")
@@ -130,14 +136,14 @@ class UNet3D(nn.Module):
 
     def _embedding(self, lattice: jax.Array, logsnr: jax.Array, cond: dict[str, jax.Array]) -> jax.Array:
         size = 4 * self.base_channels
-        h = nn.Dense(size, name="time")(sinusoidal_embedding(logsnr, 2 * self.base_channels))
-        h = h + nn.Dense(size, name="lattice_embedding")(lattice)
+        h = Dense(size, name="time")(sinusoidal_embedding(logsnr, 2 * self.base_channels))
+        h = h + Dense(size, name="lattice_embedding")(lattice)
         flags = [cond["counts_given"][:, None], cond["elements_given"][:, None]]
-        h = h + nn.Dense(size, use_bias=False, name="condition_flags")(jnp.concatenate(flags, -1))
+        h = h + Dense(size, use_bias=False, name="condition_flags")(jnp.concatenate(flags, -1))
         if cond["properties"].shape[-1]:
             values = jnp.concatenate([cond["properties"], cond["properties_given"]], -1)
-            h = h + nn.Dense(size, name="property_out")(nn.silu(nn.Dense(size, name="property_in")(values)))
-        return nn.silu(nn.Dense(size, name="embedding")(nn.silu(h)))
+            h = h + Dense(size, name="property_out")(nn.silu(Dense(size, name="property_in")(values)))
+        return nn.silu(Dense(size, name="embedding")(nn.silu(h)))
 
     def _input(self, x: jax.Array, lattice: jax.Array, cond: dict[str, jax.Array]) -> jax.Array:
         b, l, h, w, _ = x.shape
@@ -152,7 +158,7 @@ class UNet3D(nn.Module):
         ]
         # Not a 3 x 3 convolution: its initial weights, set for nine full sites, would hand on a lone atom's coordinates
         # ten times smaller than the embedding of its place.
-        y = nn.Dense(self.base_channels, name="sites_in")(jnp.concatenate(parts, -1))
+        y = Dense(self.base_channels, name="sites_in")(jnp.concatenate(parts, -1))
         if self.place_embedding:
             shape = (h, w, self.base_channels)
             y = y + self.param("place_embedding", nn.initializers.normal(0.5), shape)
@@ -162,19 +168,23 @@ class UNet3D(nn.Module):
     def __call__(
         self, x: jax.Array, lattice: jax.Array, logsnr: jax.Array, cond: dict[str, jax.Array], train: bool = False
     ) -> tuple[jax.Array, jax.Array]:
-        embedding = self._embedding(lattice, logsnr, cond)
-        h = self._input(x, lattice, cond)
+        time_and_cell = self._embedding(lattice, logsnr, cond)
+        embedding = time_and_cell.astype(self.dtype)
+        h = self._input(x, lattice, cond).astype(self.dtype)
+        res_block, grid_attention = ResBlock, GridAttention
+        if self.remat:
+            res_block, grid_attention = nn.remat(ResBlock, static_argnums=(4,)), nn.remat(GridAttention)
 
         masks = [possible_sites(cond)]
         for _ in self.channel_multipliers[1:]:
             masks.append(_coarser(masks[-1]))
 
         def blocks(h, name, features, level):
-            h = ResBlock(features, self.dropout_rate, self.convolution, name=f"{name}_block")(
+            h = res_block(features, self.dropout_rate, self.convolution, name=f"{name}_block")(
                 h, masks[level], embedding, train
             )
             if SCALE**level in self.attention_resolutions:
-                h = GridAttention(self.head_dim, self.attention, name=f"{name}_attention")(h, masks[level])
+                h = grid_attention(self.head_dim, self.attention, name=f"{name}_attention")(h, masks[level])
             if level == 0 and self.attended_sites:
                 nonlocal tokens
                 h, tokens = SiteAttention(self.head_dim, name=f"{name}_sites")(h, tokens, *picked, embedding)
@@ -183,8 +193,8 @@ class UNet3D(nn.Module):
         h = h * masks[0][..., None]
         if self.attended_sites:
             sites, site_mask = pick_sites(x, masks[0], self.attended_sites)
-            picked = sites, site_mask, pair_features(gather(x, sites))
-            tokens = nn.Dense(self.site_width, name="tokens_in")(gather(h, sites))
+            picked = sites, site_mask, pair_features(gather(x, sites)).astype(self.dtype)
+            tokens = Dense(self.site_width, name="tokens_in")(gather(h, sites))
         skips, last = [h], len(self.channel_multipliers) - 1
         for level, multiplier in enumerate(self.channel_multipliers):
             features = self.base_channels * multiplier
@@ -195,23 +205,23 @@ class UNet3D(nn.Module):
                 h = Downsample(features, name=f"down{level}")(h)
                 skips.append(h)
         h = blocks(h, "middle_0", h.shape[-1], last)
-        h = ResBlock(h.shape[-1], self.dropout_rate, self.convolution, name="middle_1_block")(
+        h = res_block(h.shape[-1], self.dropout_rate, self.convolution, name="middle_1_block")(
             h, masks[last], embedding, train
         )
-        pooled = [SitePool(4, name="pool_middle")(h, masks[last])]
+        pooled = [SitePool(4, name="pool_middle")(h.astype(jnp.float32), masks[last])]
         for level in reversed(range(last + 1)):
             features = self.base_channels * self.channel_multipliers[level]
             for i in range(self.num_res_blocks + 1):
                 h = blocks(jnp.concatenate([h, skips.pop()], -1), f"up{level}_{i}", features, level)
             if level:
                 h = Upsample(features, (skips[-1].shape[2], skips[-1].shape[3]), name=f"up{level}")(h)
-        h = nn.silu(SiteNorm(name="norm_out")(h, masks[0]))
+        h = nn.silu(SiteNorm(name="norm_out")(h.astype(jnp.float32), masks[0]))
         pooled.append(SitePool(8, name="pool_out")(h, masks[0]))
         if self.attended_sites:
             weight = site_mask[..., None] / jnp.maximum(site_mask.sum(1), 1)[:, None, None]
-            pooled.append((nn.LayerNorm(name="tokens_out")(tokens) * weight).sum(1))
+            pooled.append((nn.LayerNorm(name="tokens_out")(tokens.astype(jnp.float32)) * weight).sum(1))
         x_pred = Conv(x.shape[-1], self.convolution, zeros_init, name="conv_out")(h)
-        pooled = jnp.concatenate([*pooled, embedding, lattice], -1)
-        hidden = nn.Dense(4 * self.base_channels, name="lattice_hidden")(pooled)
-        lattice_pred = nn.Dense(lattice.shape[-1], kernel_init=zeros_init, name="lattice_out")(nn.silu(hidden))
+        pooled = jnp.concatenate([*pooled, time_and_cell, lattice], -1)
+        hidden = Dense(4 * self.base_channels, name="lattice_hidden")(pooled)
+        lattice_pred = Dense(lattice.shape[-1], kernel_init=zeros_init, name="lattice_out")(nn.silu(hidden))
         return x_pred.astype(jnp.float32), lattice_pred.astype(jnp.float32)
