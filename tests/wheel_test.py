@@ -85,6 +85,8 @@ def test_a_config_by_name_outside_the_clone(environment, tmp_path):
     found = call(unimat, "train", "--config=perov_5", workdir, "--config.train.no_such_field=1", cwd=tmp_path)
     assert found.returncode != 0
     assert "no_such_field" in found.stderr and "Traceback" not in found.stderr
+    sized = call(unimat, "train", "--config=unimat:small", workdir, "--config.train.no_such_field=1", cwd=tmp_path)
+    assert "no_such_field" in sized.stderr and "Traceback" not in sized.stderr
     unknown = call(unimat, "train", "--config=no_such_config", workdir, cwd=tmp_path)
     assert unknown.returncode == 2
     assert "no_such_config" in unknown.stderr and "perov_5" in unknown.stderr  # names what there is

@@ -129,6 +129,7 @@ def assemble(config: Any, spec: UniMatSpec, schema: Sequence[Mapping[str, Any]],
         optimizer=optimizer,
         ema_decay=o.ema_decay,
         microbatches=config.train.microbatches,
+        unroll=mesh.devices.flat[0].platform == "cpu",
     )
     return Assembly(
         network=network,

@@ -75,11 +75,13 @@ def train_step(
     optimizer: optax.GradientTransformation,
     ema_decay: float,
     microbatches: int = 1,
+    unroll: bool = False,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """(next state, metrics). All randomness comes from (key, step, number of the microbatch).
 
     microbatches: M > 1 runs the batch in M parts, one after another, and averages their gradients: the update of the
     whole batch in about an M-th of its memory. Part m holds examples m, m + M, ...: as many of each device's.
+    unroll: without a loop (XLA's convolutions on CPU have gradients that are many times slower inside one).
     """
     time_key, loss_key = jax.random.split(jax.random.fold_in(key, state.step))
     number = batch["slot"].shape[0]
@@ -111,7 +113,7 @@ def train_step(
         one = jax.tree.map(lambda a: a[0], parts)
         like = jax.eval_shape(lambda m, b, t: gradients_and_metrics(b, t, loss_key), *one)
         zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), like)
-        total, _ = jax.lax.scan(add, zeros, parts)
+        total, _ = jax.lax.scan(add, zeros, parts, unroll=unroll)
         gradients, metrics = jax.tree.map(lambda a: a / microbatches, total)
     metrics["train/grad_norm"] = optax.tree.norm(gradients)
     state = apply_gradients(state, gradients, optimizer, ema_decay)
