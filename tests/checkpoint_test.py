@@ -1,15 +1,17 @@
 """Checkpoints on disk: which are kept, what comes back, and what is said where there is none."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
 import optax
 import pytest
-from tiny_run import NUM_STEPS
+from tiny_run import NUM_STEPS, config
 
-from unimat_jax.checkpoint import Checkpoints, available_steps, hash_of, load_params, read_run, write_json
+from unimat_jax.checkpoint import MODEL_FORMAT, Checkpoints, available_steps, hash_of, load_params, read_run, write_json
 from unimat_jax.errors import UserError
+from unimat_jax.train import train
 from unimat_jax.train_state import TrainState
 
 
@@ -83,13 +85,24 @@ def test_no_checkpoint_there(tmp_path):
         read_run(tmp_path / "nothing")
     with pytest.raises(UserError, match=r"no checkpoint there \(model.json and checkpoints/ are missing\)"):
         read_run(tmp_path)
-    write_json(tmp_path / "model.json", {})
+    write_json(tmp_path / "model.json", {"format": MODEL_FORMAT})
     with pytest.raises(UserError, match="no checkpoint there"):
         read_run(tmp_path)
     (tmp_path / "checkpoints" / "5.orbax-checkpoint-tmp").mkdir(parents=True)  # a save that was cut off
     write_json(tmp_path / "config.json", {})
     with pytest.raises(UserError, match="no checkpoint is saved yet"):
         available_steps(read_run(tmp_path)[0])
+
+
+def test_a_run_of_another_versions_networks_is_refused(trained, tiny_data, tmp_path):
+    """By whoever reads it, and by a training that would go on with it."""
+    run = shutil.copytree(trained, tmp_path / "run")
+    description = json.loads((run / "model.json").read_text())
+    (run / "model.json").write_text(json.dumps(description | {"format": 1}))
+    with pytest.raises(UserError, match=r"other networks \(format 1 in model.json"):
+        read_run(run)
+    with pytest.raises(UserError, match="other networks"):
+        train(config(tiny_data), run)
 
 
 def test_json_is_whole_or_not_there(tmp_path):

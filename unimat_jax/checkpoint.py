@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from unimat_jax.train_state import TrainState
 
 CONFIG, MODEL, FOLDER = "config.json", "model.json", "checkpoints"
 BEST_METRIC = "eval/loss"
+MODEL_FORMAT = 2
+"""Of the parameters: 1 had convolution taps that could only meet the border."""
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -106,7 +109,18 @@ def read_run(directory: str | Path) -> tuple[Path, dict[str, Any], dict[str, Any
             f"--checkpoint={directory}: no checkpoint there ({MODEL} and {FOLDER}/ are missing); "
             "give the --workdir of a training run"
         )
-    return root, json.loads((root / CONFIG).read_text()), json.loads((root / MODEL).read_text())
+    description = json.loads((root / MODEL).read_text())
+    check_format(description, root)
+    return root, json.loads((root / CONFIG).read_text()), description
+
+
+def check_format(description: Mapping[str, Any], root: Path) -> None:
+    """Raises UserError where a run's parameters are those of another version's networks."""
+    if description["format"] != MODEL_FORMAT:
+        raise UserError(
+            f"{root} was trained by a version of unimat-jax with other networks (format {description['format']} in "
+            f"{MODEL}, {MODEL_FORMAT} here): train it again in another --workdir, or use that version"
+        )
 
 
 def available_steps(root: Path) -> list[int]:

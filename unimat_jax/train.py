@@ -19,7 +19,7 @@ import optax
 
 from unimat_jax import compilation_cache, data, flops, sampler, sharding
 from unimat_jax.assembly import Assembly, abstract_batch, assemble
-from unimat_jax.checkpoint import CONFIG, FOLDER, MODEL, Checkpoints, write_json
+from unimat_jax.checkpoint import CONFIG, FOLDER, MODEL, MODEL_FORMAT, Checkpoints, check_format, write_json
 from unimat_jax.conditioning import free_sites, make_condition
 from unimat_jax.default_config import get_config
 from unimat_jax.densify import occupancy
@@ -37,7 +37,6 @@ FREE_ON_RESUME = (
     "train.compilation_cache", "model.remat", "data.data_dir", "data.num_threads", "data.prefetch", "data.prepare",
     "sample", "optimizer.learning_rate", "optimizer.schedule", "optimizer.final_factor",
 )  # fmt: skip
-MODEL_FORMAT = 1
 
 
 class StopRequest:
@@ -300,6 +299,7 @@ def _check_same_data(workdir: Path, description: Mapping[str, Any]) -> None:
     if not (workdir / MODEL).exists() or not (workdir / FOLDER).exists():
         return
     before, now = json.loads((workdir / MODEL).read_text()), json.loads(json.dumps(description))
+    check_format(before, workdir)
     changed = [name for name in ("spec", "condition_schema", "dataset") if before[name] != now[name]]
     if changed:
         raise UserError(
