@@ -6,7 +6,7 @@ import dataclasses
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from unimat_jax.aot.hlo import HBM, Array, Computation, Instruction, Module, operand_shapes
 from unimat_jax.aot.loops import trip_count
@@ -51,6 +51,7 @@ class Cost:
 
 def module_cost(module: Module, *, peak_flops: float, hbm_bandwidth: float) -> Cost:
     cost = Cost()
+    begun: set[tuple[str, int]] = set()
     for instruction, computation, times in _executed(module, module.entry, 1, cost):
         flops = instruction_flops(instruction, computation, module)
         moved = traffic(instruction, computation, module)
@@ -58,6 +59,11 @@ def module_cost(module: Module, *, peak_flops: float, hbm_bandwidth: float) -> C
         cost.hbm_bytes += times * moved
         cost.seconds += times * max(flops / peak_flops, moved / hbm_bandwidth)
         for collective, place in _collectives(instruction, computation, module):
+            # One that overlaps with work stands in three fusions, where it starts, beside the work and where it ends.
+            same = {(computation.name, channel) for channel in collective.numbers("channel_id")}
+            if place is not computation and same & begun:
+                continue
+            begun |= same
             _add_collective(cost.collectives, collective, place, module, times)
         if instruction.opcode == "custom-call":
             target = re.search(r'custom_call_target="([^"]*)"', instruction.rest)
@@ -139,8 +145,12 @@ def traffic(instruction: Instruction, computation: Computation, module: Module) 
         return 2 * _bytes(operands[1]) if _bytes(operands[0]) else 0
     if opcode == "fusion":
         called = module.computations[instruction.called("calls")[0]]
-        read = sum(_read(called, called.parameters[i].name, module) for i in range(len(operands)))
-        return read + _written(called, called.root, module)
+        # What a collective under way writes passes through the fusions beside it.
+        passed = re.search(r"output_to_operand_aliasing=\{(.*?)\)\}", instruction.attributes)
+        pairs = re.findall(r"\{(\d*)\}: \((\d+),", passed[1]) if passed else []
+        inputs, outputs = {int(i) for _, i in pairs}, {int(o or 0) for o, _ in pairs}
+        read = [_read(called, called.parameters[i].name, module) for i in range(len(operands)) if i not in inputs]
+        return sum(read) + _written(called, called.root, module, outputs)
     read = sum(map(_bytes, operands))
     if opcode == "copy-start":
         return read + _bytes(instruction.shape[:1])
@@ -175,11 +185,13 @@ def _read(computation: Computation, name: str, module: Module) -> int:
     return min(whole, total)
 
 
-def _written(computation: Computation, root: Instruction, module: Module) -> int:
-    """Bytes that a fused computation writes: of an update in place, the update."""
+def _written(computation: Computation, root: Instruction, module: Module, passed: Collection[int] = frozenset()) -> int:
+    """Bytes that a fused computation writes: of an update in place, the update. passed: its outputs that are inputs."""
     operands = [computation.instructions[name] for name in root.operands]
     if root.opcode == "tuple":
-        return sum(_written(computation, operand, module) for operand in operands)
+        return sum(_written(computation, o, module) for i, o in enumerate(operands) if i not in passed)
+    if passed:
+        return 0
     whole = _bytes(root.shape)
     if root.opcode == "dynamic-update-slice" and whole:
         return min(whole, sum(array.padded_bytes for array in operands[1].shape))
@@ -214,6 +226,8 @@ def _add_collective(
     if instruction.opcode.endswith("-start") and instruction.opcode != "all-reduce-start":
         results = results[len(operands) : 2 * len(operands)]
     kind = instruction.opcode.removesuffix("-start")
+    if computation.name.startswith("all-reduce-scatter"):  # the TPU compiler's name for a fusion with a slice
+        kind = "reduce-scatter"
     size = max(sum(array.bytes for array in operands), sum(array.bytes for array in results))
     share = (members - 1) / members
     factor = {"all-reduce": 2 * share, "collective-permute": 1.0}.get(kind, share)
