@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator
+
+import numpy as np
 
 from unimat_jax.aot.hlo import HBM, Array, Computation, Instruction, Module, operand_shapes
 from unimat_jax.aot.loops import trip_count
@@ -129,10 +132,16 @@ def _convolution_flops(instruction: Instruction, computation: Computation) -> in
             a[name.index(str(axis))] for a, name in zip((lhs, rhs, out), labels.groups(), strict=True)
         )
         stride, before, holes = field("stride", axis), field("pad", axis, 0), field("lhs_dilate", axis)
-        dilation = field("rhs_dilate", axis)
-        positions = (o * stride + k * dilation - before for o in range(length) for k in range(kernel))
-        products *= sum(0 <= p <= (size - 1) * holes and p % holes == 0 for p in positions)
+        products *= _taps(size, kernel, length, stride, before, holes, field("rhs_dilate", axis))
     return 2 * products
+
+
+@functools.cache
+def _taps(size: int, kernel: int, length: int, stride: int, before: int, holes: int, dilation: int) -> int:
+    """Along one axis, the pairs of a result and a kernel tap that meet an element of the input. The TPU compiler writes
+    a batch of products as a convolution along the batch, where both numbers are the batch's."""
+    at = np.arange(length)[:, None] * stride + np.arange(kernel) * dilation - before
+    return int(np.count_nonzero((at >= 0) & (at <= (size - 1) * holes) & (at % holes == 0)))
 
 
 def traffic(instruction: Instruction, computation: Computation, module: Module) -> int:
