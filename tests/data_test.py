@@ -250,3 +250,12 @@ def test_a_data_set_that_is_not_there(tmp_path, directory):
         data.dataset_directory("mine", tmp_path)
     with pytest.raises(UserError, match=r"no split 'test'.*train.*validation"):
         data.RecordSource(directory, "test")
+
+
+def test_a_part_of_the_training_set(directory, source):
+    part = data.RecordSource(directory, "train", 10)
+    ids = [record["material_id"] for record in part.read(range(10))]
+    assert len(part) == 10 and ids == [record["material_id"] for record in source.read(range(10))]
+    for limit in (-1, 37):
+        with pytest.raises(UserError, match=f"max_train_examples = {limit}: .* 36 in 'train'"):
+            data.RecordSource(directory, "train", limit)

@@ -41,16 +41,22 @@ def read_statistics(directory: Path) -> dict[str, Any]:
 
 class RecordSource:
     """Random access to the records of one split; `read` takes many indices at once and parses them without TFDS's
-    one-by-one decoder, which is several times slower."""
+    one-by-one decoder, which is several times slower. limit: only the first so many records (0: all); records lie in
+    the order of a hash of their ids, so that smaller parts are random and nested."""
 
-    def __init__(self, directory: Path, split: str):
+    def __init__(self, directory: Path, split: str, limit: int = 0):
         import tensorflow_datasets as tfds
         from array_record.python.array_record_data_source import ArrayRecordDataSource
 
         info = tfds.builder_from_directory(str(directory)).info
         if split not in info.splits:
             raise UserError(f"{directory} has no split {split!r}, only {sorted(info.splits)}")
-        self.num_examples = int(info.splits[split].num_examples)
+        available = int(info.splits[split].num_examples)
+        if not 0 <= limit <= available:
+            raise UserError(
+                f"config.data.max_train_examples = {limit}: {directory} has {available} in {split!r}; 0: all"
+            )
+        self.num_examples = limit or available
         self._source = ArrayRecordDataSource([str(path) for path in info.splits[split].filepaths])
 
     def __len__(self) -> int:

@@ -25,6 +25,7 @@ def get_config() -> Any:  # a ConfigDict; its fields are unknown to type checker
     config.data.random_shift = True  # augmentation: origin, uniform in the cell
     config.data.origin_shift = 0.0  # fraction of each axis added to all coordinates: keeps sites off the wrap-around
     config.data.random_axes = False  # augmentation: order of the axes; breaks a <= b <= c of a Niggli cell
+    config.data.max_train_examples = 0  # train on so many crystals of the training split (learning curves); 0: all
     config.data.num_threads = 2  # that read and augment
     config.data.prefetch = 8  # batches made ahead
     config.data.prepare = ConfigDict()  # options of data_prep.prepare.prepare for the quickstart, as max_atoms

@@ -77,7 +77,7 @@ def train(config: Any, workdir: str | Path) -> dict[str, float]:
         lattice_form=config.data.lattice_form,
     )
     schema = data.condition_schema(statistics, config.data.properties)
-    source = data.RecordSource(directory, "train")
+    source = data.RecordSource(directory, "train", config.data.max_train_examples)
     fixed = {"random_shift": False, "random_axes": False}
     augmentation = _pick(config.data, "shuffle_atoms", "random_shift", "origin_shift", "random_axes")
     batches = data.BatchMaker(
