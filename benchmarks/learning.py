@@ -4,8 +4,8 @@ python -m benchmarks.learning --study=precision --data_dir=data --workdir=runs/l
 
 precision: bfloat16 against float32, and seeds of float32 against each other. size: 16, 32 and 64 base channels.
 crop: the table cut to the data's rows and columns against the full one. data: 1k, 4k, 16k and all crystals of a set.
-Every run is `unimat_jax.main` in workdir/STUDY/VARIANT; what is done is not done again, and --variants trains only those
-named (so that two processes, pinned to a core each, can share a study). The result holds every variant that is done.
+Every run is `unimat_jax.main` in workdir/STUDY/VARIANT; what is done is not done again, and --variants trains only
+those named (two processes, each pinned to a core, can share a study). The result holds every variant that is done.
 """
 
 from __future__ import annotations
@@ -92,7 +92,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = variant_config(study, changes, arguments, workdir)
         if name in named:
             train(config, workdir)
-        if not (workdir / "metrics.jsonl").exists() or Checkpoints(workdir, 1).latest_step != config.train.num_steps:
+        done = (workdir / "metrics.jsonl").exists() and Checkpoints(workdir, 1).latest_step == config.train.num_steps
+        if not done and name in named:
+            return 1  # stopped by a signal: what there is is saved
+        if not done:
             continue
         rows[name] = {"changes": {k: v for k, v in changes.items()}, **curves(workdir)}
         if arguments.reference:
@@ -122,7 +125,7 @@ def variant_config(study: Mapping[str, Any], changes: Mapping[str, Any], argumen
 
 
 def curves(workdir: Path) -> dict[str, Any]:
-    """Training and validation losses by step, of metrics.jsonl (a resumed run wrote some steps twice: the last counts)."""
+    """Training and validation losses by step, of metrics.jsonl: of steps that a resumed run wrote twice the last."""
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     model = json.loads((workdir / "model.json").read_text())
     found = {
@@ -184,8 +187,8 @@ def draw(rows: Mapping[str, Any], study: str, path: Path) -> None:
     for name, row in rows.items():
         if study == "precision":
             steps, losses = smoothed(row["train_loss"])
-            style = "--" if name.startswith("bfloat16") else "-"
-            axes.plot(steps, losses, style, linewidth=1.2, label=name)
+            style = {"color": "black", "linestyle": ":", "zorder": 3} if name.startswith("bfloat16") else {}
+            axes.plot(steps, losses, linewidth=1.4, label=name, **style)
         else:
             found = {step: loss for step, loss in row["eval_loss"].items() if step}
             axes.plot(list(found), list(found.values()), marker="o", markersize=3, linewidth=1.2, label=name)

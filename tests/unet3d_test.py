@@ -149,6 +149,39 @@ def test_rematerialisation_changes_memory_and_nothing_else():
     assert "checkpoint" in text or "remat" in text
 
 
+@pytest.mark.parametrize("remat", [False, True])
+def test_equal_blocks_in_a_loop_are_the_same_network(remat):
+    settings = {"num_res_blocks": 3, "channel_multipliers": (1,), "attention_resolutions": (1,), "dropout_rate": 0.0}
+    settings |= {"attended_sites": 4, "site_width": 8}
+    arguments = inputs((2, 2, 3))
+    plain, scanned = network(**settings), network(**settings, scan_blocks=True, remat=remat)
+    params = random_params(shapes_of(plain, arguments))
+    assert jax.tree.structure(shapes_of(scanned, arguments)) == jax.tree.structure(params)
+    run = functools.partial(outputs_and_gradients, params=params, arguments=arguments, train=True)
+    first, second = jax.tree.leaves(run(plain)), jax.tree.leaves(run(scanned))
+    largest = max(float(jnp.abs(a).max()) for a in first)
+    for a, b in zip(first, second, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6 * largest)
+    text = [
+        str(jax.make_jaxpr(lambda p, net=net: net.apply({"params": p}, *arguments))(params)) for net in (plain, scanned)
+    ]
+    # Three blocks down and the four up, of which the first has the middle's output: all alike on one level.
+    assert [t.count("scan[") for t in text] == [0, 2] and len(text[1]) < 0.6 * len(text[0])
+
+
+def test_dropout_in_a_loop_differs_from_block_to_block():
+    net = network(
+        num_res_blocks=2, channel_multipliers=(1,), attention_resolutions=(), dropout_rate=0.5, scan_blocks=True
+    )
+    arguments = inputs((2, 2, 3))
+    params = random_params(shapes_of(net, arguments))
+
+    def run(seed):
+        return net.apply({"params": params}, *arguments, train=True, rngs={"dropout": jax.random.key(seed)})[0]
+
+    assert jnp.array_equal(run(0), run(0)) and not jnp.allclose(run(0), run(1))
+
+
 def test_bfloat16_stays_near_float32_and_its_parameters_are_float32():
     settings = {"channel_multipliers": (1,), "attention_resolutions": (1,), "attended_sites": 4, "site_width": 8}
     arguments = inputs((2, 2, 3))
@@ -272,6 +305,8 @@ def test_the_time_embedding_tells_all_noise_levels_apart():
         ("transformer", {}, r"config.model.name = 'transformer': choose from \['unet3d'\]"),
         ("unet3d", {"base_chanels": 8}, r"config.model: .*base_chanels"),
         ("unet3d", {"convolution": "2d"}, r"config.model: convolution = '2d': choose from axial, full, plane"),
+        ("unet3d", {"attention_kernel": "fast"}, "attention_kernel = 'fast': choose from xla, cudnn"),
+        ("unet3d", {"attention_kernel": "cudnn"}, "set dtype = 'bfloat16'"),
         ("unet3d", {"attention": "none"}, r"config.model: attention = 'none': choose from factorised, full"),
         (
             "unet3d",

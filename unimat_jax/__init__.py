@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -13,6 +14,10 @@ if TYPE_CHECKING:
     from unimat_jax.generator import Generator
 
 __version__ = "0.1.0"
+
+# XLA prints pages of errors when it loads a CPU program from the compilation cache: it takes two tuning hints
+# for instructions that the processor lacks (jax issue 38445). It reads this once, when jax is imported.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 _LAZY = {
     "Crystal": "unimat_jax.crystal",

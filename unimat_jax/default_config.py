@@ -41,12 +41,14 @@ def get_config() -> Any:  # a ConfigDict; its fields are unknown to type checker
     config.model.place_embedding = True  # a learned vector for each place of the table
     config.model.convolution = "axial"  # 1 x 3 x 3 plus 3 x 1 x 1; "full": 3 x 3 x 3; "plane": 1 x 3 x 3
     config.model.attention = "factorised"  # H W, then L; "full": all sites at once
+    config.model.attention_kernel = "xla"  # "cudnn": fused, NVIDIA GPUs in bfloat16 (not measured yet)
     config.model.coordinate_frequencies = 0  # K > 0: sin and cos of coordinates, 1, 2, ... 2^(K-1) waves, as input
     config.model.attended_sites = 0  # K > 0: attention among the K likeliest sites, told of coordinate differences
     config.model.site_width = 128  # of its tokens
     config.model.dtype = (
         "float32"  # of activations and products; "bfloat16": parameters, norms, softmax, loss stay float32
     )
+    config.model.scan_blocks = False  # equal blocks in a loop: less to compile, slow on CPU; parameters stay the same
     config.model.remat = False  # compute each block again for its gradient: much less memory, a third more work
 
     config.diffusion = ConfigDict()

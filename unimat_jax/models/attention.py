@@ -9,12 +9,24 @@ import jax.numpy as jnp
 from unimat_jax.models.layers import Dense, SiteNorm, zeros_init
 
 ATTENTIONS = ("factorised", "full")
+KERNELS = ("xla", "cudnn")
+
+
+def _product_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, kernel: str) -> jax.Array:
+    """Attention of [N, T, heads, D] to tokens of mask [N, T]. A kernel that the machine has not is XLA's there: what was
+    trained on a GPU is sampled on a laptop."""
+    number, tokens = mask.shape
+    if kernel == "cudnn" and jax.default_backend() == "gpu":  # it takes no mask to be repeated along the queries
+        pairs = jnp.broadcast_to(mask[:, None, None, :], (number, 1, tokens, tokens))
+        return jax.nn.dot_product_attention(q, k, v, mask=pairs, implementation="cudnn")
+    return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None, None, :], implementation="xla")
 
 
 class Attention(nn.Module):
     """Multi-head self-attention over axis 1 of [N, T, C], residual. Only tokens with `mask` [N, T] are attended to."""
 
     head_dim: int
+    kernel: str = "xla"
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
@@ -22,7 +34,7 @@ class Attention(nn.Module):
         heads = next(n for n in range(max(1, channels // self.head_dim), 0, -1) if channels % n == 0)
         qkv = Dense(3 * channels, use_bias=False, name="qkv")(SiteNorm(name="norm")(x, mask))
         q, k, v = (a.reshape(number, tokens, heads, -1) for a in jnp.split(qkv, 3, -1))
-        y = jax.nn.dot_product_attention(q, k, v, mask=mask[:, None, None, :]).reshape(x.shape)
+        y = _product_attention(q, k, v, mask, self.kernel).reshape(x.shape)
         return x + Dense(channels, kernel_init=zeros_init, name="out")(y)
 
 
@@ -34,19 +46,22 @@ class GridAttention(nn.Module):
 
     head_dim: int
     kind: str
+    kernel: str = "xla"
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
         b, l, h, w, c = x.shape
         if self.kind == "full":
             sites = x.reshape(b, l * h * w, c)
-            return Attention(self.head_dim, name="sites")(sites, mask.reshape(b, -1)).reshape(x.shape)
+            return Attention(self.head_dim, self.kernel, name="sites")(sites, mask.reshape(b, -1)).reshape(x.shape)
         if h * w > 1:
             places = x.reshape(b * l, h * w, c)
-            x = Attention(self.head_dim, name="places")(places, mask.reshape(b * l, -1)).reshape(x.shape)
+            x = Attention(self.head_dim, self.kernel, name="places")(places, mask.reshape(b * l, -1)).reshape(x.shape)
         if l > 1:
             y = x.reshape(b, l, h * w, c).swapaxes(1, 2).reshape(b * h * w, l, c)
-            y = Attention(self.head_dim, name="levels")(y, mask.reshape(b, l, -1).swapaxes(1, 2).reshape(-1, l))
+            y = Attention(self.head_dim, self.kernel, name="levels")(
+                y, mask.reshape(b, l, -1).swapaxes(1, 2).reshape(-1, l)
+            )
             x = y.reshape(b, h * w, l, c).swapaxes(1, 2).reshape(x.shape)
         return x
 

@@ -7,14 +7,16 @@ best. What the paper leaves open and we chose is in docs/deviations.md.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from unimat_jax.conditioning import possible_sites
-from unimat_jax.models.attention import ATTENTIONS, GridAttention, SitePool
+from unimat_jax.models.attention import ATTENTIONS, KERNELS, GridAttention, SitePool
 from unimat_jax.models.layers import CONVOLUTIONS, Conv, Dense, SiteNorm, zeros_init
 from unimat_jax.models.site_attention import SiteAttention, gather, pair_features, pick_sites
 
@@ -63,6 +65,29 @@ def _coarser(mask: jax.Array) -> jax.Array:
     return mask.reshape(b, l, mask.shape[2] // fh, fh, mask.shape[3] // fw, fw).any((3, 5))
 
 
+def _alike(h: jax.Array, skips: Sequence[jax.Array | None], features: int) -> int:
+    """How many of the next blocks, from the first on, have equal shapes of input, output and parameters."""
+    kinds = [None if skip is None else skip.shape for skip in skips]
+    if h.shape[-1] != features:
+        return 1
+    return next((i for i, kind in enumerate(kinds) if kind != kinds[0]), len(kinds))
+
+
+_PARTS = ("block", "attention", "sites")
+
+
+def _named(name: str, part: str, module: Callable[..., nn.Module], *arguments: Any) -> Any:
+    return module(name=f"{name}_{part}")(*arguments)
+
+
+def _of_block(params: Mapping[str, Any], name: str) -> dict[str, Any]:
+    return {part: params[f"{name}_{part}"] for part in _PARTS if f"{name}_{part}" in params}
+
+
+def _applied(params: Any, rngs: Any, part: str, module: Callable[..., nn.Module], *arguments: Any) -> Any:
+    return module(parent=None).apply({"params": params[part]}, *arguments, rngs=rngs)
+
+
 class Downsample(nn.Module):
     """H, W -> ceil(H / 3), ceil(W / 3): patches to channels, padded with zeros at the end. An axis of 1 stays 1."""
 
@@ -101,8 +126,10 @@ class UNet3D(nn.Module):
     learned vector for each (row, column), since a convolution alone cannot know which element a place is.
     attended_sites: K > 0 adds attention among the K likeliest sites, `site_width` wide, to each block of the finest
     level (site_attention.py). dtype: of activations and products ("bfloat16" halves their memory; parameters, sums,
-    norms and softmax stay float32, as do the input and output layers). remat: keep only what enters a block and compute
-    the rest again for the gradient. Raises ValueError for a choice that does not exist.
+    norms and softmax stay float32, as do the input and output layers). attention_kernel: "xla" or "cudnn" (NVIDIA GPUs,
+    bfloat16 only), of the grid's attention. remat: keep only what enters a block and compute
+    the rest again for the gradient. scan_blocks: equal blocks of a level run in a loop: the same parameters and outputs
+    (but other dropout), and less to compile. Raises ValueError for a choice that does not exist.
     """
 
     base_channels: int = 256
@@ -114,22 +141,27 @@ class UNet3D(nn.Module):
     place_embedding: bool = True
     convolution: str = "axial"
     attention: str = "factorised"
+    attention_kernel: str = "xla"
     coordinate_frequencies: int = 0
     attended_sites: int = 0
     site_width: int = 128
     dtype: str = "float32"
     remat: bool = False
+    scan_blocks: bool = False
 
     def __post_init__(self):
         levels = [SCALE**level for level in range(9)]
         for name, value, choices in (
             ("convolution", [self.convolution], CONVOLUTIONS),
             ("attention", [self.attention], ATTENTIONS),
+            ("attention_kernel", [self.attention_kernel], KERNELS),
             ("attention_resolutions", self.attention_resolutions, levels),
             ("dtype", [self.dtype], DTYPES),
         ):
             if not set(value) <= set(choices):
                 raise ValueError(f"{name} = {getattr(self, name)!r}: choose from {', '.join(map(str, choices))}")
+        if self.attention_kernel == "cudnn" and self.dtype == "float32":
+            raise ValueError("attention_kernel = 'cudnn' computes in bfloat16: set dtype = 'bfloat16', or write 'xla'")
         if self.attended_sites < 0 or self.site_width < 1:
             raise ValueError(f"attended_sites = {self.attended_sites}: give 0 (off) or more; site_width: 1 or more")
         super().__post_init__()
@@ -174,45 +206,74 @@ class UNet3D(nn.Module):
         res_block, grid_attention = ResBlock, GridAttention
         if self.remat:
             res_block, grid_attention = nn.remat(ResBlock, static_argnums=(4,)), nn.remat(GridAttention)
+        res_block = functools.partial(res_block, dropout_rate=self.dropout_rate, convolution=self.convolution)
+        grid_attention = functools.partial(grid_attention, self.head_dim, self.attention, self.attention_kernel)
 
         masks = [possible_sites(cond)]
         for _ in self.channel_multipliers[1:]:
             masks.append(_coarser(masks[-1]))
 
-        def blocks(h, name, features, level):
-            h = res_block(features, self.dropout_rate, self.convolution, name=f"{name}_block")(
-                h, masks[level], embedding, train
-            )
-            if SCALE**level in self.attention_resolutions:
-                h = grid_attention(self.head_dim, self.attention, name=f"{name}_attention")(h, masks[level])
-            if level == 0 and self.attended_sites:
-                nonlocal tokens
-                h, tokens = SiteAttention(self.head_dim, name=f"{name}_sites")(h, tokens, *picked, embedding)
-            return h
-
         h = h * masks[0][..., None]
+        tokens = None
         if self.attended_sites:
             sites, site_mask = pick_sites(x, masks[0], self.attended_sites)
             picked = sites, site_mask, pair_features(gather(x, sites)).astype(self.dtype)
             tokens = Dense(self.site_width, name="tokens_in")(gather(h, sites))
+
+        def block(call, carry, skip, features, level):
+            """One block by `call(part, module class, arguments)`; (h, tokens), and h."""
+            h, tokens = carry
+            h = h if skip is None else jnp.concatenate([h, skip], -1)
+            h = call("block", functools.partial(res_block, features), h, masks[level], embedding, train)
+            if SCALE**level in self.attention_resolutions:
+                h = call("attention", grid_attention, h, masks[level])
+            if level == 0 and tokens is not None:
+                attention = functools.partial(SiteAttention, self.head_dim)
+                h, tokens = call("sites", attention, h, tokens, *picked, embedding)
+            return (h, tokens), h
+
+        def blocks(carry, name, skips, features, level):
+            """A level's blocks, one for each of `skips` (arrays to concatenate, or None); (h, tokens), and each h."""
+            outputs, i = [], 0
+            while i < len(skips):
+                alike = _alike(carry[0], skips[i:], features) if self.scan_blocks and not self.is_initializing() else 1
+                if alike == 1:
+                    carry, out = block(functools.partial(_named, f"{name}_{i}"), carry, skips[i], features, level)
+                    outputs.append(out)
+                else:
+                    key = self.make_rng("dropout") if train and self.dropout_rate else None
+                    params = [_of_block(self.variables["params"], f"{name}_{k}") for k in range(i, i + alike)]
+                    stack = functools.partial(jax.tree.map, lambda *a: jnp.stack(a))
+                    skip = None if skips[i] is None else jnp.stack(skips[i : i + alike])
+
+                    def body(carry, part, key=key):
+                        params, skip, number = part
+                        rngs = {} if key is None else {"dropout": jax.random.fold_in(key, number)}
+                        return block(functools.partial(_applied, params, rngs), carry, skip, features, level)
+
+                    carry, out = jax.lax.scan(body, carry, (stack(*params), skip, jnp.arange(alike)))
+                    outputs += list(out)
+                i += alike
+            return carry, outputs
+
+        carry = h, tokens
         skips, last = [h], len(self.channel_multipliers) - 1
         for level, multiplier in enumerate(self.channel_multipliers):
             features = self.base_channels * multiplier
-            for i in range(self.num_res_blocks):
-                h = blocks(h, f"down{level}_{i}", features, level)
-                skips.append(h)
+            carry, outputs = blocks(carry, f"down{level}", [None] * self.num_res_blocks, features, level)
+            skips += outputs
             if level < last:
-                h = Downsample(features, name=f"down{level}")(h)
+                h = Downsample(features, name=f"down{level}")(carry[0])
+                carry = h, carry[1]
                 skips.append(h)
-        h = blocks(h, "middle_0", h.shape[-1], last)
-        h = res_block(h.shape[-1], self.dropout_rate, self.convolution, name="middle_1_block")(
-            h, masks[last], embedding, train
-        )
+        carry, _ = blocks(carry, "middle", [None], features, last)
+        h = res_block(features, name="middle_1_block")(carry[0], masks[last], embedding, train)
         pooled = [SitePool(4, name="pool_middle")(h.astype(jnp.float32), masks[last])]
         for level in reversed(range(last + 1)):
             features = self.base_channels * self.channel_multipliers[level]
-            for i in range(self.num_res_blocks + 1):
-                h = blocks(jnp.concatenate([h, skips.pop()], -1), f"up{level}_{i}", features, level)
+            back = [skips.pop() for _ in range(self.num_res_blocks + 1)]
+            (h, tokens), _ = blocks((h, carry[1]), f"up{level}", back, features, level)
+            carry = h, tokens
             if level:
                 h = Upsample(features, (skips[-1].shape[2], skips[-1].shape[3]), name=f"up{level}")(h)
         h = nn.silu(SiteNorm(name="norm_out")(h.astype(jnp.float32), masks[0]))
