@@ -34,8 +34,9 @@ from unimat_jax.train_step import eval_metrics
 FREE_ON_RESUME = (
     "train.num_steps", "train.log_every", "train.checkpoint_every", "train.eval_every", "train.eval_examples",
     "train.sample_every", "train.sample_examples", "train.keep_checkpoints", "train.fsdp", "train.microbatches",
-    "train.compilation_cache", "model.remat", "model.scan_blocks", "model.attention_kernel", "data.data_dir",
-    "data.num_threads", "data.prefetch", "data.prepare", "sample", "optimizer.learning_rate", "optimizer.schedule", "optimizer.final_factor",
+    "train.compilation_cache", "model.remat", "model.scan_blocks", "model.attention_kernel",
+    "data.data_dir", "data.num_threads", "data.prefetch", "data.prepare", "sample",
+    "optimizer.learning_rate", "optimizer.schedule", "optimizer.final_factor",
 )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ KERNELS = ("xla", "cudnn")
 
 
 def _product_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, kernel: str) -> jax.Array:
-    """Attention of [N, T, heads, D] to tokens of mask [N, T]. A kernel that the machine has not is XLA's there: what was
+    """Attention of [N, T, heads, D] to tokens of mask [N, T]. Where the machine lacks the kernel, XLA's: what was
     trained on a GPU is sampled on a laptop."""
     number, tokens = mask.shape
     if kernel == "cudnn" and jax.default_backend() == "gpu":  # it takes no mask to be repeated along the queries

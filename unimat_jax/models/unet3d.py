@@ -278,7 +278,7 @@ class UNet3D(nn.Module):
                 h = Upsample(features, (skips[-1].shape[2], skips[-1].shape[3]), name=f"up{level}")(h)
         h = nn.silu(SiteNorm(name="norm_out")(h.astype(jnp.float32), masks[0]))
         pooled.append(SitePool(8, name="pool_out")(h, masks[0]))
-        if self.attended_sites:
+        if tokens is not None:
             weight = site_mask[..., None] / jnp.maximum(site_mask.sum(1), 1)[:, None, None]
             pooled.append((nn.LayerNorm(name="tokens_out")(tokens.astype(jnp.float32)) * weight).sum(1))
         x_pred = Conv(x.shape[-1], self.convolution, zeros_init, name="conv_out")(h)
