@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from unimat_jax import data, models
-from unimat_jax.assembly import init_arguments
+from unimat_jax.assembly import compiler_options, init_arguments
 from unimat_jax.cli import Parser, run_program
 from unimat_jax.main import config_path, load_config
 from unimat_jax.train_state import create_state, make_optimizer, make_schedule
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     init = jax.jit(lambda: create_state(lambda: network.init(jax.random.key(0), *variables)["params"], optimizer))
     objective = Objective(apply=network.apply, spec=spec, **config.diffusion)
     step = functools.partial(train_step, objective=objective, optimizer=optimizer, ema_decay=0.999)
-    jitted = jax.jit(step, donate_argnums=0)
+    jitted = jax.jit(step, donate_argnums=0, compiler_options=compiler_options(jax.default_backend()))
     batch = {name: jnp.asarray(value) for name, value in maker(0).items()}
     state, metrics = jitted(init(), batch, jax.random.key(1))
     jax.block_until_ready(metrics)

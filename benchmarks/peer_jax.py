@@ -18,6 +18,7 @@ import numpy as np
 
 from benchmarks.peer_torch import grouped, serve, timed
 from unimat_jax import default_config, models, sampler
+from unimat_jax.assembly import compiler_options
 from unimat_jax.conditioning import free_sites, make_condition
 from unimat_jax.densify import densify
 from unimat_jax.evaluation.pool import available_cores
@@ -82,7 +83,7 @@ class Ours:
         optimizer = make_optimizer(schedule, b1=o.b1, b2=o.b2, weight_decay=o.weight_decay, grad_clip=o.grad_clip)
         objective = Objective(apply=self.network.apply, spec=self.spec, **config.diffusion)
         step = functools.partial(train_step, objective=objective, optimizer=optimizer, ema_decay=o.ema_decay)
-        self.train_step = jax.jit(step, donate_argnums=0)
+        self.train_step = jax.jit(step, donate_argnums=0, compiler_options=compiler_options(jax.default_backend()))
         self.cond = no_condition(self.spec, batch_size)
         x_0 = densify(self.batch, self.spec)
         self.arguments = (x_0, self.batch["lattice"], jnp.zeros(batch_size), self.cond)

@@ -33,7 +33,7 @@ from unimat_jax.cli import Parser, run_program
 from unimat_jax.evaluation.pool import available_cores
 
 KINDS = {
-    "products and convolutions": r"dot|convolution|matmul",
+    "products and convolutions": r"dot|convolution|matmul|ynn|onednn",  # XLA hands most of them to such libraries
     "transposes and copies": r"transpose|copy",
     "slices, pads, concatenations": r"slice|pad|concatenate|gather|scatter",
     "sums": r"reduce",

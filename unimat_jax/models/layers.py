@@ -31,6 +31,13 @@ def _centred_init(key: jax.Array, shape: Sequence[int], dtype: Any = jnp.float32
     return jax.random.normal(key, shape, dtype) * jnp.sqrt(share.reshape(*shape[:-2], 1, 1) / shape[-2]).astype(dtype)
 
 
+def in_memory(x: jax.Array) -> jax.Array:
+    """x. On CPU its values are kept for all who read them: XLA would compute them again in each, site by site in the
+    transposed order that a kernel's gradient wants. It takes `assembly.compiler_options`; without them, and on other
+    backends, nothing happens."""
+    return lax.platform_dependent(x, cpu=lax.optimization_barrier, default=lambda x: x)
+
+
 def _site_sum(weight: jax.Array, values: jax.Array) -> jax.Array:
     """Weighted sums [B, C] over the sites of values [B, S, C], weight [B, S], in float32. On CPU reductions along an
     axis that is not the last are several times slower than the same sums as products."""
@@ -119,6 +126,7 @@ def _site_norm_forward(x, weight, scale, shift, groups):
 
 def _site_norm_backward(groups, saved, g):
     x, weight, scale, _, number, mean, inverse = saved
+    g = in_memory(g)
     g, wide = g.astype(jnp.float32), x.astype(jnp.float32)
     d_shift = _site_sum(weight, g)
     d_scale = inverse * (_site_sum(weight, g * wide) - mean * d_shift)
@@ -191,6 +199,7 @@ def _kernel_gradient_in_chunks(images: jax.Array, g: jax.Array, size: tuple[int,
 
 def _plane_backward(saved: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, jax.Array]:
     images, kernel = saved
+    g = in_memory(g)
     turned = jnp.flip(kernel, (0, 1)).swapaxes(2, 3).astype(g.dtype)
     size = (kernel.shape[0], kernel.shape[1])
     d_kernel = lax.platform_dependent(
@@ -230,6 +239,7 @@ class Conv(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        x = in_memory(x)
         _, l, h, w, c = x.shape
         size = kernel_size(h), kernel_size(w)
         if self.kind == "full":
