@@ -74,8 +74,8 @@ def abstract_conditions(spec: UniMatSpec, num_properties: int, batch_size: int) 
 
 
 def compiler_options(platform: str) -> dict[str, Any]:
-    """Options of jax.jit for a train step. On CPU XLA's pass that drops `layers.in_memory` before operations are fused is
-    switched off: a step of the paper's small model then takes a fifth less time."""
+    """Options of jax.jit for a train step. On CPU it switches off XLA's pass that drops `layers.in_memory` before
+    operations are fused: a step of the paper's small model then takes a fifth less time."""
     return {"xla_disable_hlo_passes": "cse_barrier_expander"} if platform == "cpu" else {}
 
 

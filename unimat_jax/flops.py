@@ -99,7 +99,8 @@ def _num_params(params: Any) -> int:
 
 
 def _products(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Iterator[tuple[Stack, int]]:
-    return _walk(jax.make_jaxpr(fn)(*args, **kwargs).jaxpr, (), 1)
+    jitted = fn if hasattr(fn, "trace") else jax.jit(fn)
+    return _walk(jitted.trace(*args, **kwargs).jaxpr.jaxpr, (), 1)
 
 
 def _walk(jaxpr: core.Jaxpr, outer: Stack, times: int) -> Iterator[tuple[Stack, int]]:
