@@ -40,10 +40,10 @@ from unimat_jax.representation import UniMatSpec
 
 BASE = {"batch": 8, "channels": 32, "L": 3, "table": (9, 18)}
 SWEEPS: dict[str, tuple[Any, ...]] = {
-    "batch": (2, 8, 32, 128),
-    "channels": (16, 32, 64, 128),
+    "batch": (2, 8, 32),
+    "channels": (16, 32, 64),
     "L": (1, 3, 6, 12, 24),
-    "table": ((3, 6), (6, 9), (6, 17), (9, 18)),
+    "table": ((3, 6), (6, 9), (9, 18)),
 }
 OPTIONS = {
     "default": {},

@@ -5,7 +5,7 @@ python -m benchmarks.learning --study=precision --data_dir=data --workdir=runs/l
 precision: bfloat16 against float32, and seeds of float32 against each other. size: 16, 32 and 64 base channels.
 crop: the table cut to the data's rows and columns against the full one. data: 1k, 4k, 16k and all crystals of a set.
 Every run is `unimat_jax.main` in workdir/STUDY/VARIANT; what is done is not done again, and --variants trains only
-those named (two processes, each pinned to a core, can share a study). The result holds every variant that is done.
+those named (two processes, each pinned to a core, can share a study). The result holds every variant as far as it is.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ SMOOTH = 10
 def main(argv: Sequence[str] | None = None) -> int:
     p = Parser(prog="python -m benchmarks.learning", description=__doc__)
     p.add_argument("--study", required=True, help=", ".join(STUDIES))
-    p.add_argument("--variants", help="as in --variants='16 channels;32 channels'; default: all")
+    p.add_argument("--variants", help="as in --variants='16 channels;32 channels'; default: all; '' trains none")
     p.add_argument("--data_dir", required=True, help="as unimat prepare made it")
     p.add_argument("--reference", type=Path, help="perov_5/val.npz: also sample each variant, one a composition")
     p.add_argument("--num_samples", type=int, default=200)
@@ -82,7 +82,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.study not in STUDIES:
         raise UserError(f"--study={arguments.study}: choose from {', '.join(STUDIES)}")
     study = STUDIES[arguments.study]
-    named = arguments.variants.split(";") if arguments.variants else list(study["variants"])
+    named = list(study["variants"]) if arguments.variants is None else arguments.variants.split(";")
+    named = [name for name in named if name]
     unknown = sorted(set(named) - set(study["variants"]))
     if unknown:
         raise UserError(f"--variants={unknown[0]}: choose from {'; '.join(study['variants'])}")
@@ -92,13 +93,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = variant_config(study, changes, arguments, workdir)
         if name in named:
             train(config, workdir)
-        done = (workdir / "metrics.jsonl").exists() and Checkpoints(workdir, 1).latest_step == config.train.num_steps
-        if not done and name in named:
-            return 1  # stopped by a signal: what there is is saved
-        if not done:
+        if not (workdir / "metrics.jsonl").exists():
             continue
-        rows[name] = {"changes": {k: v for k, v in changes.items()}, **curves(workdir)}
-        if arguments.reference:
+        step = Checkpoints(workdir, 1).latest_step or 0
+        if name in named and step != config.train.num_steps:
+            return 1  # stopped by a signal: what there is is saved
+        rows[name] = {"changes": dict(changes), "steps_done": step, **curves(workdir)}
+        if arguments.reference and step == config.train.num_steps:
             rows[name]["samples"] = sampled(workdir, arguments.reference, arguments.num_samples)
     result = {
         "study": arguments.study, "config": study["config"], "changes": study["changes"], "commit": commit(),
