@@ -168,7 +168,7 @@ class Ours:
                     prediction_type="eps",
                 )
 
-            self.samplers[num_steps] = jax.jit(run)
+            self.samplers[num_steps] = jax.jit(run, compiler_options=compiler_options(jax.default_backend()))
         return timed(lambda: jax.block_until_ready(self.samplers[num_steps](self.state.ema_params, self.key)))
 
 

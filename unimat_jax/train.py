@@ -18,7 +18,7 @@ import numpy as np
 import optax
 
 from unimat_jax import compilation_cache, data, flops, sampler, sharding
-from unimat_jax.assembly import Assembly, abstract_batch, assemble
+from unimat_jax.assembly import Assembly, abstract_batch, assemble, compiler_options
 from unimat_jax.checkpoint import CONFIG, FOLDER, MODEL, MODEL_FORMAT, Checkpoints, check_format, write_json
 from unimat_jax.conditioning import free_sites, make_condition
 from unimat_jax.default_config import get_config
@@ -236,7 +236,7 @@ def sample_check(run: Assembly, batch: Mapping[str, np.ndarray], config: Any) ->
     cond = make_condition(counts, given, counts.max(1), none, part["properties"], jnp.zeros_like(part["properties"]))
     asked = np.asarray(counts.sum(1)).astype(int)
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=compiler_options(jax.default_backend()))
     def sample(params: Any) -> Any:
         return sampler.sample(
             functools.partial(run.network.apply, {"params": params}), jax.random.key(0), (number, *spec.grid, 3),
