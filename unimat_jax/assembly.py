@@ -75,7 +75,7 @@ def abstract_conditions(spec: UniMatSpec, num_properties: int, batch_size: int) 
 
 def compiler_options(platform: str) -> dict[str, Any]:
     """Options of jax.jit for programs with a network. On CPU they switch off XLA's pass that drops `layers.in_memory`
-    before operations are fused: the paper's small model then trains in a fifth less time and samples in a tenth less."""
+    before operations are fused: the paper's small model trains in a fifth less time and samples in a tenth less."""
     return {"xla_disable_hlo_passes": "cse_barrier_expander"} if platform == "cpu" else {}
 
 
