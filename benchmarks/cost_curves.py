@@ -283,6 +283,9 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
         axes.minorticks_off()
         axes.spines[["top", "right"]].set_visible(False)
     all_axes[0].set(ylabel="seconds a train step")
+    low, high = all_axes[0].get_ylim()
+    ticks = [t for t in (0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10) if low < t < high]
+    all_axes[0].set_yticks(ticks, [f"{t:g}" for t in ticks])
     all_axes[0].legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=110)
     plt.close(figure)
