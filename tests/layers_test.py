@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from unimat_jax.assembly import compiler_options
 from unimat_jax.models import layers
 
 KEYS = [jax.random.key(i) for i in range(5)]
@@ -108,3 +109,21 @@ def test_bfloat16_inside_float32_for_parameters(make):
     assert_close(gradients, jax.grad(loss)(params, x), tolerance=0.02)
     # 360 ones: a sum in bfloat16 would stop at 256.
     assert np.asarray(gradients["bias"]) == pytest.approx(np.full(6, 360.0))
+
+
+def test_what_a_convolution_reads_is_kept_in_memory_on_cpu_and_changes_nothing():
+    """The option's pass has a new name if this fails: look it up, or the train step loses a fifth of its speed."""
+    conv = layers.Conv(4, "axial")
+    x = jax.random.normal(KEYS[0], (2, 3, 4, 5, 8))
+    params = conv.init(KEYS[1], x)
+
+    def loss(params, x):
+        return jnp.square(conv.apply(params, jnp.sin(x))).sum()
+
+    gradient = jax.grad(loss, argnums=(0, 1))
+    options = compiler_options("cpu")
+    kept = jax.jit(gradient, compiler_options=options).lower(params, x).compile()
+    plain = jax.jit(gradient).lower(params, x).compile()
+    assert "opt-barrier" in kept.as_text() and "opt-barrier" not in plain.as_text()
+    assert_close(kept(params, x), plain(params, x), 1e-6)
+    assert options and not compiler_options("tpu")
