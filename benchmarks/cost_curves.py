@@ -248,16 +248,16 @@ def fit(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def paper_levels() -> dict[str, Any]:
+def paper_levels(levels: Sequence[int] = LEVELS) -> dict[str, Any]:
     """Training operations a crystal of configs/unimat.py against L, and the exact polynomial a + b L + c L^2 of L > 2
-    through three of them (below, kernels along L have fewer taps)."""
+    through the last three of them (below, kernels along L have fewer taps)."""
     config, _, _ = load_config([f"--config={config_path('unimat')}", "--workdir=unused"])
     network = create(config.model.name, **{k: v for k, v in config.model.items() if k != "name"})
     flops = {}
-    for levels in LEVELS:
-        spec = UniMatSpec(max_atoms_per_element=levels, max_atoms=levels, table=Table())
-        flops[levels] = model_cost(network, init_arguments(spec, 0)).train_flops_per_crystal
-    c, b, a = np.polyfit(LEVELS[-3:], [flops[levels] for levels in LEVELS[-3:]], 2)
+    for level in levels:
+        spec = UniMatSpec(max_atoms_per_element=level, max_atoms=level, table=Table())
+        flops[level] = model_cost(network, init_arguments(spec, 0)).train_flops_per_crystal
+    c, b, a = np.polyfit(levels[-3:], [flops[level] for level in levels[-3:]], 2)
     return {"train_flops_per_crystal": flops, "polynomial": {"constant": a, "linear": b, "quadratic": c}}
 
 
