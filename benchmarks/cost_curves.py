@@ -13,12 +13,11 @@ compiler's (temporaries, and arguments). Fitted to all train steps at once, time
 
 from __future__ import annotations
 
-import functools
 import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -28,13 +27,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.fingerprints import commit, machine
-from benchmarks.peer_jax import random_batch
+from benchmarks.peer_jax import matmul_peak, random_batch
 from unimat_jax import sharding
-from unimat_jax.assembly import abstract_conditions, assemble, init_arguments, sampler_program
+from unimat_jax.assembly import abstract_conditions, assemble, create_network, init_arguments, sampler_program
 from unimat_jax.cli import Parser, run_program
 from unimat_jax.flops import count_flops, model_cost
 from unimat_jax.main import config_path, load_config
-from unimat_jax.models import create
 from unimat_jax.periodic_table import Table
 from unimat_jax.representation import UniMatSpec
 
@@ -198,21 +196,6 @@ def options(point: Mapping[str, Any], network: Mapping[str, Any], rounds: int) -
     return rows
 
 
-def matmul_peak(dtype: str, sizes: Sequence[int] = (1024, 2048, 4096), repeats: int = 5) -> float:
-    """The best FLOP/s of a product of square matrices with a float32 result."""
-    multiply: Callable[..., jax.Array] = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
-    best = 0.0
-    for size in sizes:
-        a, b = jax.random.normal(jax.random.key(0), (2, size, size), dtype)
-        product = jax.jit(multiply)
-        product(a, b).block_until_ready()
-        for _ in range(repeats):
-            begin = time.perf_counter()
-            product(a, b).block_until_ready()
-            best = max(best, 2 * size**3 / (time.perf_counter() - begin))
-    return best
-
-
 def show(row: Mapping[str, Any], peak: float) -> None:
     print(
         f"batch {row['batch']:>3}  channels {row['channels']:>3}  L {row['L']:>2}  table {row['table']}: train "
@@ -252,7 +235,7 @@ def paper_levels(levels: Sequence[int] = LEVELS) -> dict[str, Any]:
     """Training operations a crystal of configs/unimat.py against L, and the exact polynomial a + b L + c L^2 of L > 2
     through the last three of them (below, kernels along L have fewer taps)."""
     config, _, _ = load_config([f"--config={config_path('unimat')}", "--workdir=unused"])
-    network = create(config.model.name, **{k: v for k, v in config.model.items() if k != "name"})
+    network = create_network(config.model)
     flops = {}
     for level in levels:
         spec = UniMatSpec(max_atoms_per_element=level, max_atoms=level, table=Table())

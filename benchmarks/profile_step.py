@@ -24,9 +24,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from benchmarks.cost_curves import matmul_peak
 from benchmarks.fingerprints import commit, machine
-from benchmarks.peer_jax import Ours
+from benchmarks.peer_jax import Ours, matmul_peak
 from benchmarks.peer_torch import timed
 from benchmarks.peer_unet3d import BATCH, LEVELS
 from unimat_jax.cli import Parser, run_program

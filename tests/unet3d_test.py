@@ -134,17 +134,23 @@ def outputs_and_gradients(net, params, arguments, train=False):
     return jax.jit(jax.grad(loss, has_aux=True))(params)
 
 
+def assert_same_network(plain, other, arguments):
+    """Equal parameters, outputs and gradients; the random parameters that it was tried with."""
+    params = random_params(shapes_of(plain, arguments))
+    assert jax.tree.structure(shapes_of(other, arguments)) == jax.tree.structure(params)
+    run = functools.partial(outputs_and_gradients, params=params, arguments=arguments, train=True)
+    first, second = jax.tree.leaves(run(plain)), jax.tree.leaves(run(other))
+    largest = max(float(jnp.abs(a).max()) for a in first)
+    for a, b in zip(first, second, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6 * largest)
+    return params
+
+
 def test_rematerialisation_changes_memory_and_nothing_else():
     settings = {"channel_multipliers": (1,), "attention_resolutions": (1,), "dropout_rate": 0.3}
     arguments = inputs((2, 2, 3))
     plain, remat = network(**settings), network(**settings, remat=True)
-    params = random_params(shapes_of(plain, arguments))
-    assert jax.tree.structure(shapes_of(remat, arguments)) == jax.tree.structure(params)
-    run = functools.partial(outputs_and_gradients, params=params, arguments=arguments, train=True)
-    first, second = jax.tree.leaves(run(plain)), jax.tree.leaves(run(remat))
-    largest = max(float(jnp.abs(a).max()) for a in first)
-    for a, b in zip(first, second, strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6 * largest)
+    params = assert_same_network(plain, remat, arguments)
     text = str(jax.make_jaxpr(lambda p: remat.apply({"params": p}, *arguments))(params))
     assert "checkpoint" in text or "remat" in text
 
@@ -155,13 +161,7 @@ def test_equal_blocks_in_a_loop_are_the_same_network(remat):
     settings |= {"attended_sites": 4, "site_width": 8}
     arguments = inputs((2, 2, 3))
     plain, scanned = network(**settings), network(**settings, scan_blocks=True, remat=remat)
-    params = random_params(shapes_of(plain, arguments))
-    assert jax.tree.structure(shapes_of(scanned, arguments)) == jax.tree.structure(params)
-    run = functools.partial(outputs_and_gradients, params=params, arguments=arguments, train=True)
-    first, second = jax.tree.leaves(run(plain)), jax.tree.leaves(run(scanned))
-    largest = max(float(jnp.abs(a).max()) for a in first)
-    for a, b in zip(first, second, strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6 * largest)
+    params = assert_same_network(plain, scanned, arguments)
     text = [
         str(jax.make_jaxpr(lambda p, net=net: net.apply({"params": p}, *arguments))(params)) for net in (plain, scanned)
     ]

@@ -9,6 +9,7 @@ activations, norms, softmax, random numbers, the optimizer; nor sums of element-
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -174,13 +175,14 @@ def _convolution_flops(eqn: Any) -> int:
     for size, taps, places, setting in zip(
         lhs_spec[2:], rhs_spec[2:], out_spec[2:], zip(*settings, strict=True), strict=True
     ):
-        number *= _meetings(lhs[size], rhs[taps], out[places], *setting)
+        stride, (before, _), holes, dilation = setting
+        number *= meetings(lhs[size], rhs[taps], out[places], stride, before, holes, dilation)
     return 2 * number
 
 
-def _meetings(
-    size: int, taps: int, places: int, stride: int, padding: tuple[int, int], holes: int, dilation: int
-) -> int:
-    """Along one axis, the pairs of a result and a kernel tap that meet an element of the input."""
-    at = np.arange(places)[:, None] * stride + np.arange(taps) * dilation - padding[0]
+@functools.cache
+def meetings(size: int, taps: int, places: int, stride: int, before: int, holes: int, dilation: int) -> int:
+    """Along one axis, the pairs of a result and a kernel tap that meet an element of the input; `before`: padding. The
+    TPU compiler writes a batch of products as a convolution along the batch, so that all may be thousands."""
+    at = np.arange(places)[:, None] * stride + np.arange(taps) * dilation - before
     return int(np.count_nonzero((at >= 0) & (at <= (size - 1) * holes) & (at % holes == 0)))

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator
 
-import numpy as np
-
 from unimat_jax.aot.hlo import HBM, Array, Computation, Instruction, Module, operand_shapes
 from unimat_jax.aot.loops import trip_count
+from unimat_jax.flops import meetings
 
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
 FREE = {
@@ -132,16 +130,8 @@ def _convolution_flops(instruction: Instruction, computation: Computation) -> in
             a[name.index(str(axis))] for a, name in zip((lhs, rhs, out), labels.groups(), strict=True)
         )
         stride, before, holes = field("stride", axis), field("pad", axis, 0), field("lhs_dilate", axis)
-        products *= _taps(size, kernel, length, stride, before, holes, field("rhs_dilate", axis))
+        products *= meetings(size, kernel, length, stride, before, holes, field("rhs_dilate", axis))
     return 2 * products
-
-
-@functools.cache
-def _taps(size: int, kernel: int, length: int, stride: int, before: int, holes: int, dilation: int) -> int:
-    """Along one axis, the pairs of a result and a kernel tap that meet an element of the input. The TPU compiler writes
-    a batch of products as a convolution along the batch, where both numbers are the batch's."""
-    at = np.arange(length)[:, None] * stride + np.arange(kernel) * dilation - before
-    return int(np.count_nonzero((at >= 0) & (at <= (size - 1) * holes) & (at % holes == 0)))
 
 
 def traffic(instruction: Instruction, computation: Computation, module: Module) -> int:

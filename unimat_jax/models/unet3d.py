@@ -256,24 +256,21 @@ class UNet3D(nn.Module):
                 i += alike
             return carry, outputs
 
-        carry = h, tokens
         skips, last = [h], len(self.channel_multipliers) - 1
         for level, multiplier in enumerate(self.channel_multipliers):
             features = self.base_channels * multiplier
-            carry, outputs = blocks(carry, f"down{level}", [None] * self.num_res_blocks, features, level)
+            (h, tokens), outputs = blocks((h, tokens), f"down{level}", [None] * self.num_res_blocks, features, level)
             skips += outputs
             if level < last:
-                h = Downsample(features, name=f"down{level}")(carry[0])
-                carry = h, carry[1]
+                h = Downsample(features, name=f"down{level}")(h)
                 skips.append(h)
-        carry, _ = blocks(carry, "middle", [None], features, last)
-        h = res_block(features, name="middle_1_block")(carry[0], masks[last], embedding, train)
+        (h, tokens), _ = blocks((h, tokens), "middle", [None], features, last)
+        h = res_block(features, name="middle_1_block")(h, masks[last], embedding, train)
         pooled = [SitePool(4, name="pool_middle")(h.astype(jnp.float32), masks[last])]
         for level in reversed(range(last + 1)):
             features = self.base_channels * self.channel_multipliers[level]
             back = [skips.pop() for _ in range(self.num_res_blocks + 1)]
-            (h, tokens), _ = blocks((h, carry[1]), f"up{level}", back, features, level)
-            carry = h, tokens
+            (h, tokens), _ = blocks((h, tokens), f"up{level}", back, features, level)
             if level:
                 h = Upsample(features, (skips[-1].shape[2], skips[-1].shape[3]), name=f"up{level}")(h)
         h = nn.silu(SiteNorm(name="norm_out")(h.astype(jnp.float32), masks[0]))
