@@ -80,6 +80,13 @@ def test_a_run_is_found_by_its_directory_or_its_checkpoints(trained):
     assert available_steps(trained)[-1] == NUM_STEPS
 
 
+def test_a_folder_of_runs_is_no_run_but_they_are_named(tmp_path):
+    (tmp_path / "all" / "model").mkdir(parents=True)
+    write_json(tmp_path / "all" / "model" / "model.json", {"format": MODEL_FORMAT})
+    with pytest.raises(UserError, match="give the --workdir of a training run, as .*/all/model$"):
+        read_run(tmp_path / "all")
+
+
 def test_no_checkpoint_there(tmp_path):
     with pytest.raises(UserError, match=r"--checkpoint=.*nothing: no such directory; give the --workdir"):
         read_run(tmp_path / "nothing")

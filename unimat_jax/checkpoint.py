@@ -105,9 +105,10 @@ def read_run(directory: str | Path) -> tuple[Path, dict[str, Any], dict[str, Any
         raise UserError(f"--checkpoint={directory}: no such directory; give the --workdir of a training run")
     root = path if (path / MODEL).exists() else path.parent
     if not (root / MODEL).exists() or not (root / FOLDER).is_dir():
+        inside = sorted(str(found.parent) for found in path.glob(f"*/{MODEL}"))
         raise UserError(
             f"--checkpoint={directory}: no checkpoint there ({MODEL} and {FOLDER}/ are missing); "
-            "give the --workdir of a training run"
+            f"give the --workdir of a training run{', as ' + ' or '.join(inside[:3]) if inside else ''}"
         )
     description = json.loads((root / MODEL).read_text())
     check_format(description, root)
