@@ -83,7 +83,7 @@ def test_a_run_is_found_by_its_directory_or_its_checkpoints(trained):
 def test_a_folder_of_runs_is_no_run_but_they_are_named(tmp_path):
     (tmp_path / "all" / "model").mkdir(parents=True)
     write_json(tmp_path / "all" / "model" / "model.json", {"format": MODEL_FORMAT})
-    with pytest.raises(UserError, match="give the --workdir of a training run, as .*/all/model$"):
+    with pytest.raises(UserError, match=r"give the --workdir of a training run, as .*/all/model$"):
         read_run(tmp_path / "all")
 
 
