@@ -17,8 +17,10 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 
+from unimat_jax.cli import run_program
 from unimat_jax.errors import UserError
 from unimat_jax.rendezvous import Event, Peers, ProcessesMissing, meet
 
@@ -54,13 +56,7 @@ def launch(module: str, argv: Sequence[str], program: Callable[[Sequence[str]], 
     see them. module: what `python -m` starts as the child."""
     given, rest = _take_flags(argv)
     if _CHILD in os.environ:
-        _start_child(Job(**json.loads(os.environ[_CHILD])))
-        try:
-            return program(rest)
-        except Exception as error:
-            if _is_about_a_peer(str(error)):
-                time.sleep(_GRACE)  # the supervisor knows more and ends this process with a better word
-            raise
+        return _be_child(program, rest)
     job = _find_job(given)
     if job is None:
         return program(rest)
@@ -118,14 +114,30 @@ def _find_job(given: dict[str, str]) -> Job | None:
     return Job(address, number, process, None if devices is None else list(devices))
 
 
-def _start_child(job: Job) -> None:
-    """In the child: ends with its supervisor, and joins JAX's job."""
+def _be_child(program: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
+    """Runs the program as a process of JAX's job; ends with its supervisor."""
 
     def follow_supervisor() -> None:
         os.read(0, 1)  # returns when the supervisor is gone
         os._exit(PEER_LOST)
 
     threading.Thread(target=follow_supervisor, daemon=True).start()
+    _join_jax(Job(**json.loads(os.environ[_CHILD])))
+    try:
+        code = run_program(program, argv)
+    except BaseException as error:
+        if _is_about_a_peer(str(error)):
+            time.sleep(_GRACE)  # the supervisor knows more and ends this process with a better word
+        traceback.print_exc()
+        code = 1
+    if code:  # at once: JAX would first wait for the others, who may be waiting for this process
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return 0
+
+
+def _join_jax(job: Job) -> None:
     import jax
 
     jax.distributed.initialize(

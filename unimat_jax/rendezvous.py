@@ -161,6 +161,7 @@ def _host(port: int, num_processes: int, hello: dict[str, Any], timeout: float) 
             f"process 0 cannot listen on port {port} ({error.strerror}): choose another --coordinator_address"
         ) from error
     found: dict[int, tuple[dict[str, Any], Channel]] = {}
+    channels: list[Channel] = []
     problem = ""
     with server:
         while len(found) < num_processes - 1 and not problem:
@@ -176,6 +177,7 @@ def _host(port: int, num_processes: int, hello: dict[str, Any], timeout: float) 
             if theirs is None or "same" not in theirs:  # a stranger: a port scanner, a health check
                 channel.close()
                 continue
+            channels.append(channel)
             number = theirs["process"]
             problem = _differences(hello, theirs, num_processes)
             if number in found:
@@ -192,7 +194,7 @@ def _host(port: int, num_processes: int, hello: dict[str, Any], timeout: float) 
             "give a longer --rendezvous_timeout"
         )
     if problem:
-        for _, channel in found.values():
+        for channel in channels:
             channel.send({"problem": problem})
             channel.close()
         raise ProcessesMissing(problem)
