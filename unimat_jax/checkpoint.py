@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import math
 import shutil
 import sys
@@ -41,6 +42,10 @@ def _loss(metrics: dict[str, float]) -> float:
     return metrics[BEST_METRIC]
 
 
+def _is_no_error_of_orbax(record: logging.LogRecord) -> bool:
+    return record.levelno < logging.ERROR or "orbax" not in record.pathname
+
+
 class Checkpoints:
     """The checkpoints of one run: saved asynchronously; the last and the best by validation loss are kept."""
 
@@ -50,7 +55,12 @@ class Checkpoints:
             # Ascending order keeps the largest: reversed, the smallest loss is kept.
             checkpoint_managers.BestN(get_metric_fn=_loss, reverse=True, n=1, keep_checkpoints_without_metrics=False),
         ]
+        # Its threads log pages of traceback for what `save` or `check` raises in a sentence.
+        logging.getLogger("absl").addFilter(_is_no_error_of_orbax)
         self._folder = workdir.absolute() / FOLDER
+        for half in self._folder.glob("*.orbax-checkpoint-tmp*"):
+            if jax.process_index() == 0:  # orbax takes it away
+                print(f"warning: {half.name} was not written to its end and is not used", file=sys.stderr, flush=True)
         self._manager = ocp.CheckpointManager(
             self._folder,
             options=ocp.CheckpointManagerOptions(
@@ -141,6 +151,11 @@ class Checkpoints:
                 f"{free:,.0f} MiB free. The checkpoints of steps {whole} are whole: make room, and the same command "
                 "goes on from the last"
             ) from error
+
+    def check(self) -> None:
+        """Raises UserError, as `save`, where a checkpoint that is being written has failed."""
+        with self._told():
+            self._manager.check_for_errors()
 
     def wait(self) -> None:
         """Until all that was begun is written. Raises UserError as `save`."""

@@ -240,6 +240,7 @@ class _Training:
         if problem:
             self._roll_back(step, problem)
             return False
+        self.checkpoints.check()
         if step.number % self.config.train.log_every == 0 or step.number == self.config.train.num_steps:
             self.metrics |= values
             rates = self.progress.report(step.number, values)

@@ -1,0 +1,179 @@
+"""Nothing is lost: bad batches, kills, damaged and half-written checkpoints, a full disk, runs of older versions."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_run
+from tiny_run import BATCH_SIZE, NUM_STEPS
+from train_test import arrays, assert_same_checkpoint, rows
+
+from unimat_jax import data, train
+from unimat_jax.checkpoint import available_steps
+from unimat_jax.errors import UserError
+
+OLD_RUN = Path(__file__).parent / "old_runs" / "format_2.zip"
+"""Trained to step 8 by commit 0766ccd on four devices, with its data set."""
+
+
+def batches(workdir: Path) -> dict[int, int]:
+    """The batch that each step used; the last line of a step counts."""
+    lines = (workdir / "batches_0.jsonl").read_text().splitlines()
+    return {row["step"]: row["batch"] for row in map(json.loads, lines)}
+
+
+def broken(monkeypatch, *numbers: int) -> None:
+    """These batches hold a lattice that is no number."""
+    make = data.BatchMaker.__call__
+    bad = {"lattice": np.full((BATCH_SIZE, 6), np.nan)}
+    monkeypatch.setattr(data.BatchMaker, "__call__", lambda self, n: make(self, n) | (bad if n in numbers else {}))
+
+
+@pytest.fixture(scope="module")
+def at_step_6(tiny_data, tmp_path_factory) -> Path:
+    workdir = tmp_path_factory.mktemp("at_step_6") / "run"
+    train.train(tiny_run.config(tiny_data, train__num_steps=6, train__log_batches=True), workdir)
+    return workdir
+
+
+def test_a_bad_batch_is_left_out_and_its_ids_are_kept(at_step_6, tiny_data, tmp_path, monkeypatch, capfd):
+    workdir = shutil.copytree(at_step_6, tmp_path / "run")
+    broken(monkeypatch, 8)
+    train.train(tiny_run.config(tiny_data, train__log_batches=True, train__log_every=100), workdir)
+    told = capfd.readouterr().err
+    assert "warning: step 9: " in told and "train/loss is nan" in told
+    assert "back to step 6, without batches 6 to 8 (try 1 of 3" in told
+    assert [batches(workdir)[step] for step in range(1, 13)] == [*range(6), *range(9, 15)]
+    source = data.RecordSource(data.dataset_directory("starter", tiny_data), "train")
+    used = {row["batch"]: row["index"] for row in map(json.loads, (workdir / "batches_0.jsonl").open())}
+    (file,) = (workdir / "bad_batches").iterdir()
+    kept = json.loads(file.read_text())
+    assert kept["batches"] == [
+        {"batch": n, "material_ids": [record["material_id"] for record in source.read(used[n])]} for n in (7, 8)
+    ]
+    assert available_steps(workdir)[-1] == NUM_STEPS
+    assert all(np.isfinite(array).all() for array in arrays(workdir, NUM_STEPS).values())
+
+
+def test_it_is_left_out_by_the_next_start_too(at_step_6, tiny_data, tmp_path, monkeypatch):
+    """Killed after it went back, before the next checkpoint: the window is on disk."""
+    workdir = shutil.copytree(at_step_6, tmp_path / "run")
+    row = {"step": 9, "problem": "", "restored_step": 6, "first_batch": 6, "last_batch": 8, "ids": ""}
+    (workdir / "rollbacks.jsonl").write_text(json.dumps(row) + "\n")
+    broken(monkeypatch, 8)
+    train.train(tiny_run.config(tiny_data, train__log_batches=True), workdir)
+    assert [batches(workdir)[step] for step in range(7, 13)] == list(range(9, 15))
+    assert len((workdir / "rollbacks.jsonl").read_text().splitlines()) == 1
+
+
+def test_a_run_that_goes_wrong_again_and_again_stops(at_step_6, tiny_data, tmp_path, monkeypatch):
+    workdir = shutil.copytree(at_step_6, tmp_path / "run")
+    broken(monkeypatch, *range(7, 100))
+    with pytest.raises(UserError, match=r"step 7: .*train/loss is nan.*It is the 3th time after step 6.*learning_rate"):
+        train.train(tiny_run.config(tiny_data, train__max_rollbacks=2), workdir)
+    assert available_steps(workdir)[-1] == 6 and len(list((workdir / "bad_batches").iterdir())) == 3
+    assert all(np.isfinite(array).all() for array in arrays(workdir, 6).values())
+
+
+def damage(folder: Path) -> None:
+    """As a file system leaves it that lost its last writes."""
+    for path in folder.rglob("*"):
+        if path.is_file() and path.stat().st_size > 100:
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_goes_on(trained, tiny_data, tmp_path, capfd):
+    workdir = shutil.copytree(trained, tmp_path / "run")
+    assert available_steps(workdir) == [6, 12]
+    damage(workdir / "checkpoints" / "12" / "params")
+    (workdir / "checkpoints" / "14.orbax-checkpoint-tmp-3").mkdir()
+    train.train(tiny_run.config(tiny_data), workdir)
+    told = capfd.readouterr().err
+    assert "warning: the checkpoint of step 12 is damaged (" in told and "going on from 6" in told
+    assert "warning: 14.orbax-checkpoint-tmp-3 was not written to its end and is not used" in told
+    assert (workdir / "checkpoints" / "12.damaged").is_dir()
+    assert_same_checkpoint(workdir, trained, NUM_STEPS)
+
+
+def test_all_checkpoints_damaged(trained, tiny_data, tmp_path):
+    workdir = shutil.copytree(trained, tmp_path / "run")
+    for step in (6, 12):
+        damage(workdir / "checkpoints" / str(step))
+    with pytest.raises(
+        UserError, match=r"no checkpoint can be read \(steps \[6, 12\]; that of 12: .*another --workdir"
+    ):
+        train.train(tiny_run.config(tiny_data), workdir)
+    assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == ["12", "6"]
+
+
+def start(config: Path, workdir: Path, **settings) -> subprocess.Popen:
+    command = [sys.executable, "-m", "unimat_jax.main", f"--config={config}", f"--workdir={workdir}"]
+    command += ["--config.train.log_batches=True", "--config.train.checkpoint_every=2"]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=tiny_run.environment(4), **settings)
+
+
+def test_a_full_disk_ends_the_run_with_the_last_checkpoint_whole(at_step_6, tiny_data, tmp_path):
+    """Here files that may not grow: what is written fails in the same place."""
+    workdir = shutil.copytree(at_step_6, tmp_path / "run")
+    before = arrays(workdir, 6)
+    limit = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))"
+    process = start(tiny_run.config_file(tmp_path / "tiny.py", tiny_data, limit), workdir)
+    told = process.communicate(timeout=240)[1]
+    assert process.returncode == 2 and "Traceback" not in told, told
+    last = told.strip().splitlines()[-1]
+    assert last.startswith("error: the checkpoint cannot be written (") and "steps [6] are whole: make room" in last
+    assert available_steps(workdir) == [6]
+    assert all(np.array_equal(before[name], array) for name, array in arrays(workdir, 6).items())
+
+
+def test_killed_again_and_again_it_ends_as_if_it_had_not_been(trained, tiny_data, tmp_path):
+    """By SIGKILL in a step and while a checkpoint is written."""
+    slow = (
+        "import time\nfrom unimat_jax.data import BatchMaker\n\nmake = BatchMaker.__call__\n\n"
+        "def slowly(self, number):\n    time.sleep(0.2)\n    return make(self, number)\n\n"
+        "BatchMaker.__call__ = slowly\n"
+    )
+    config, workdir = tiny_run.config_file(tmp_path / "slow.py", tiny_data, slow), tmp_path / "run"
+    folder = workdir / "checkpoints"
+
+    def a_step() -> bool:
+        return (workdir / "metrics.jsonl").exists() and max(rows(workdir), default=0) >= 3
+
+    def a_checkpoint_half_written() -> bool:
+        return any(int(p.name.split(".")[0]) >= 6 for p in folder.glob("*.orbax-checkpoint-tmp*"))
+
+    for moment in (a_step, a_checkpoint_half_written):
+        process = start(config, workdir)
+        end = time.monotonic() + 240
+        while not moment():
+            assert process.poll() is None and time.monotonic() < end, process.communicate()[1]
+            time.sleep(0.001)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    process = start(config, workdir)
+    assert "steps: 0 of" not in process.communicate(timeout=240)[1] and process.returncode == 0
+    assert_same_checkpoint(workdir, trained, NUM_STEPS)
+    assert [batches(workdir)[step] for step in range(1, 13)] == list(range(12))
+    ours, straight = rows(workdir), rows(trained)
+    assert all(ours[step]["train/loss"] == straight[step]["train/loss"] for step in range(1, 13))
+
+
+def test_a_run_of_an_older_version_goes_on(tmp_path, monkeypatch, capfd):
+    with zipfile.ZipFile(OLD_RUN) as archive:
+        archive.extractall(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    before = rows(tmp_path / "run")
+    assert max(before) == 8
+    train.train(tiny_run.config("data", train__num_steps=10, train__checkpoint_every=4), tmp_path / "run")
+    assert "steps: 8 of 10 done" in capfd.readouterr().err
+    # The straight run's, by that version.
+    now = rows(tmp_path / "run")
+    assert now[9]["train/loss"] == pytest.approx(2.4038, rel=1e-3)
+    assert now[10]["train/loss"] == pytest.approx(2.5814, rel=1e-3)
