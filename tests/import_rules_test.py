@@ -41,6 +41,7 @@ ORDER = [
     "unimat_jax.compilation_cache",
     "unimat_jax.flops",
     "unimat_jax.assembly",
+    "unimat_jax.weights",
     "unimat_jax.checkpoint",
     "unimat_jax.aot",
     "unimat_jax.metric_writer",
@@ -49,6 +50,8 @@ ORDER = [
     "unimat_jax.requests",
     "unimat_jax.generator",
     "unimat_jax.generate",
+    "unimat_jax.model_card",
+    "unimat_jax.export",
     "unimat_jax.main",
     "unimat_jax.quickstart",
 ]
