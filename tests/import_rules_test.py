@@ -39,6 +39,7 @@ ORDER = [
     "unimat_jax.train_state",
     "unimat_jax.train_step",
     "unimat_jax.compilation_cache",
+    "unimat_jax.doctor",
     "unimat_jax.flops",
     "unimat_jax.assembly",
     "unimat_jax.weights",

@@ -21,7 +21,7 @@ VERBS = {
     ),
     "evaluate": ("unimat_jax.evaluate", "metrics of any crystals against real ones, a report to look at"),
     "check": ("unimat_jax.evaluation.validity", "structure and composition validity of any crystal files"),
-    "doctor": ("unimat_jax.doctor", "looks at this machine and installation, and says what to do"),
+    "doctor": ("unimat_jax.doctor.command", "looks at this machine and installation, and says what to do"),
 }
 
 
