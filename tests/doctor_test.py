@@ -94,6 +94,17 @@ def test_a_jax_that_hangs_or_dies(tmp_path, monkeypatch):
     assert found.status == "problem" and found.found == "import ended the process with exit code -6: bad luck"
 
 
+def test_a_driver_that_dies(tmp_path, monkeypatch):
+    """By a plugin of jax, which is started with the devices."""
+    plugin = tmp_path / "jax_plugins" / "bad"
+    plugin.mkdir(parents=True)
+    (plugin / "__init__.py").write_text("import os\n\n\ndef initialize():\n    os.abort()\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    fine, broken = devices.jax(devices.Probe(60), 60)
+    assert fine.status == "ok" and "imported in" in fine.found
+    assert broken.status == "problem" and broken.found.startswith("devices ended the process with exit code -6")
+
+
 def test_no_compilation_cache(monkeypatch):
     nowhere = found_by_probe(**{"compilation cache": {"directory": None}})
     assert only(devices.cache(nowhere), "cache").status == "warning"

@@ -98,14 +98,10 @@ def test_the_same_crystals_come_out(trained, exported, ema):
     assert made[0] == made[1] and any(crystal for _, crystal in made[0])
 
 
-def test_by_command(trained, exported, tmp_path):
-    for where, name in ((trained, "a"), (exported, "b")):
-        done = unimat("generate", f"--checkpoint={where}", f"--output_dir={tmp_path / name}", "--num_samples=4")
-        assert done.returncode == 0, done.stderr
-    frames = [(tmp_path / name / "generated_crystals.extxyz").read_bytes() for name in "ab"]
-    assert frames[0] == frames[1] and frames[0]
-    done = unimat("generate", f"--checkpoint={exported}", f"--output_dir={tmp_path / 'c'}", "--step=3")
-    assert done.returncode == 2 and f"--step=3: {exported} is a model exported at step {NUM_STEPS}" in done.stderr
+def test_there_is_one_step(exported):
+    assert Generator(exported, step=NUM_STEPS).step == NUM_STEPS
+    with pytest.raises(UserError, match=f"--step=3: .* is a model exported at step {NUM_STEPS}, and holds no other"):
+        Generator(exported, step=3)
 
 
 def test_a_step_of_the_run(trained, tmp_path):
@@ -163,6 +159,20 @@ def test_without_the_raw_parameters_the_averaged_ones_still_generate(copy):
     Generator(copy)
     with pytest.raises(UserError, match=r"raw_params.safetensors is missing"):
         Generator(copy, ema=False)
+
+
+def test_a_shared_model_does_not_say_where_compiled_programs_come_from(trained, copy, monkeypatch):
+    """They are machine code."""
+    seen = []
+    monkeypatch.setattr("unimat_jax.compilation_cache.enable", seen.append)
+    text = json.loads((copy / "config.json").read_text())
+    text["train"]["compilation_cache"] = "somewhere"
+    (copy / "config.json").write_text(json.dumps(text))
+    Generator(copy)
+    own = shutil.copytree(trained, copy.with_name("own"))
+    (own / "config.json").write_text(json.dumps(text))
+    Generator(own)
+    assert seen == ["auto", "somewhere"]
 
 
 def test_damaged_json_is_named(copy):

@@ -39,7 +39,7 @@ PACKAGES = ("unimat-jax", "jax", "jaxlib", "flax", "orbax-checkpoint", "numpy", 
 
 def parser() -> Parser:
     p = Parser(prog="unimat generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--checkpoint", required=True, help="the --workdir of a training run")
+    p.add_argument("--checkpoint", required=True, help="the --workdir of a training run, or an exported model")
     p.add_argument("--output_dir", required=True, type=Path)
     p.add_argument("--num_samples", type=int, help="total number (default 16, or what --compositions_from gives)")
     p.add_argument("--seed", type=int, default=0, help="sample i depends on the seed and i alone")

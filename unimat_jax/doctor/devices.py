@@ -37,9 +37,13 @@ class Probe:
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
         lines: list[str] = []
-        assert process.stdout is not None
-        # A thread that ends with the program: a process that hangs in a driver outlives even SIGKILL.
-        reader = threading.Thread(target=lines.extend, args=(process.stdout,), daemon=True)
+
+        def read() -> None:
+            for line in process.stdout or ():
+                lines.append(line)
+
+        # A thread that ends with the program: a process that hangs in a driver may outlive even SIGKILL.
+        reader = threading.Thread(target=read, daemon=True)
         reader.start()
         try:
             self.exit_code: int | None = process.wait(time_limit)

@@ -37,7 +37,7 @@ def python() -> Iterator[Finding]:
         yield Finding("ok", "python", found)
         yield Finding("problem", US, "is not installed here: its versions are unknown", "pip install -e . in the clone")
         return
-    asked = about.get("Requires-Python", "")
+    (asked,) = about.get_all("Requires-Python") or [""]
     fits = SpecifierSet(asked).contains(version, prereleases=True)
     fix = "" if fits else f"make a virtual environment with a Python {asked}"
     yield Finding("ok" if fits else "problem", "python", f"{found}; {asked or 'any'} is asked for", fix)

@@ -13,11 +13,13 @@ STAGES = ("import", "devices", "compilation cache", "jit")
 
 
 def imported() -> dict[str, Any]:
-    import flax  # noqa: F401 - a jax that flax cannot use is of no use
-    import jax
-    import jaxlib
+    import importlib.metadata
 
-    return {"jax": jax.__version__, "jaxlib": jaxlib.__version__, "platforms": jax.config.jax_platforms or ""}
+    import jax
+
+    import unimat_jax.models  # noqa: F401 - flax too: a jax that it cannot use is of no use
+
+    return {"jax": jax.__version__, "jaxlib": importlib.metadata.version("jaxlib")}
 
 
 def devices() -> dict[str, Any]:
