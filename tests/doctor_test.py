@@ -155,7 +155,9 @@ def test_a_gpu_that_jax_does_not_use(tmp_path, monkeypatch):
     assert found.found == "NVIDIA H100 80GB HBM3 (5 MiB of 81559 MiB used), driver 570.1, which jax does not use"
     monkeypatch.delenv("JAX_PLATFORMS")
     monkeypatch.setattr(devices.packages, "extra_installed", lambda extra: False)
-    assert only(devices.accelerators(found_by_probe(devices=CPU)), "gpu").fix == "pip install -e '.[cuda]' in the clone"
+    assert (
+        only(devices.accelerators(found_by_probe(devices=CPU)), "gpu").fix == "in the clone: pip install -e '.[cuda]'"
+    )
     monkeypatch.setattr(devices.packages, "extra_installed", lambda extra: True)
     noise = ["Unable to initialize backend 'cuda': driver too old"]
     assert noise[0] in only(devices.accelerators(found_by_probe(noise, devices=CPU)), "gpu").fix
@@ -317,5 +319,5 @@ def test_a_check_that_fails_itself_is_a_finding(monkeypatch):
     assert [f.status for f in findings if f.check == "cores"] == ["ok", "warning"]
     assert any(f.check == "memory" for f in findings)
     assert only(findings, "packages") == Finding(
-        "problem", "packages", "packaging.requirements is not installed", "pip install -e . in the clone"
+        "problem", "packages", "packaging.requirements is not installed", "in the clone: pip install -e ."
     )

@@ -239,7 +239,7 @@ def test_a_licence_that_nobody_knows_is_called_unknown(trained, tmp_path):
     (run / MODEL).write_text(json.dumps(description))
     card = (export(run, tmp_path / "a") / "README.md").read_text()
     assert 'license: "unknown"' in card
-    assert "Licence of the data: **unknown**" in card and "and that of its training data is unknown" in card
+    assert "Licence and origin of the data: **unknown**" in card and "and that of its training data is unknown" in card
     told = export(run, tmp_path / "b", licence="mit", data_licence="CC0, our own calculations")
     card = (told / "README.md").read_text()
     assert 'license: "mit"' in card and "CC0, our own calculations." in card and "unknown" not in card.split("##")[3]

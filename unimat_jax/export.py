@@ -47,7 +47,7 @@ def export(
 
     output = Path(output_dir).resolve()
     _check_free(output, overwrite)
-    partial, before = (output.with_name(output.name + end) for end in (".partial", ".before"))
+    partial, before = (output.with_name(f".{output.name}.{end}") for end in ("partial", "replaced"))
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
@@ -118,7 +118,11 @@ def _describe(
             "parameters_hash": dict(hashes),
             "evaluation": _evaluation(generator.directory, generator.step),
             "license": names[0] if names else "unknown",
-            "dataset": {"description": known.description, "license": known.licence, "citation": known.citation},
+            "dataset": {
+                "description": known.description,
+                "license": known.licence.removeprefix("data: "),
+                "citation": known.citation,
+            },
         }
     about["license"] = licence or about["license"]
     about["dataset"]["license"] = data_licence or about["dataset"]["license"]

@@ -66,8 +66,7 @@ class SamplerSettings:
 
 
 class Generator:
-    """Samples from the checkpoint of a training run, or from an exported model. Holds parameters and a jitted sampler, and
-    no other state.
+    """Samples from a training run's checkpoint or an exported model. Holds parameters and a jitted sampler, no other state.
 
     step: a checkpoint's step, the latest by default; ema: averaged parameters (default) or raw ones. Raises UserError
     where there is no checkpoint.

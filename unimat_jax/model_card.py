@@ -62,7 +62,7 @@ ones (`--raw_params`). `config.json` and `model.json` say what the numbers mean.
 
 {description}{splits} Source: {source}.{notes}
 
-Licence of the data: {data_license}
+Licence and origin of the data: {data_license}
 
 Licence of these parameters: {license}
 {citation}

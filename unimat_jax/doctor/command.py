@@ -29,7 +29,9 @@ def examine(data_dir: str | None, workdir: str | None, time_limit: float) -> lis
             for finding in check():
                 findings.append(finding)
         except ModuleNotFoundError as error:
-            findings.append(Finding("problem", name, f"{error.name} is not installed", "pip install -e . in the clone"))
+            findings.append(
+                Finding("problem", name, f"{error.name} is not installed", "in the clone: pip install -e .")
+            )
         except Exception as error:
             what = f"this check failed itself: {type(error).__name__}: {error}"
             findings.append(Finding("warning", name, what, "please report it, with this line"))

@@ -81,13 +81,13 @@ def jax(probe: Probe, time_limit: float) -> Iterator[Finding]:
         checked = " and ".join(about["checked"])
         for wrong in about["wrong"]:
             yield Finding(
-                "problem", "jit", f"wrong results: {wrong}", "install a jax in range: pip install -e . in the clone"
+                "problem", "jit", f"wrong results: {wrong}", "install a jax in range, in the clone: pip install -e ."
             )
         if not about["wrong"]:
             yield Finding("ok", "jit", f"a compiled sum of products and a matrix product are right on {checked}")
     if probe.stopped:
         stage, error = probe.stopped, probe.found.get(probe.stopped, {}).get("error")
-        fix = "pip install -e . in the clone installs a jax that works"
+        fix = "to have a jax that works, in the clone: pip install -e ."
         if error:
             found = f"{stage} failed: {' '.join(error.split())[:500]}"
             if stage != "import":
@@ -129,7 +129,7 @@ def _why_unused(probe: Probe, extra: str, driver_works: bool) -> str:
     if platforms := os.environ.get("JAX_PLATFORMS"):
         return f"JAX_PLATFORMS={platforms} leaves it out: unset it"
     if not packages.extra_installed(extra):
-        return f"pip install -e '.[{extra}]' in the clone"
+        return f"in the clone: pip install -e '.[{extra}]'"
     if extra == "cuda" and not driver_works:
         return "nvidia-smi does not work: install the driver, or start the container with its GPUs (--gpus all)"
     said = [line for line in probe.noise if "unable" in line.lower() or "error" in line.lower()]

@@ -35,7 +35,9 @@ def python() -> Iterator[Finding]:
         about = importlib.metadata.metadata(US)
     except importlib.metadata.PackageNotFoundError:
         yield Finding("ok", "python", found)
-        yield Finding("problem", US, "is not installed here: its versions are unknown", "pip install -e . in the clone")
+        yield Finding(
+            "problem", US, "is not installed here: its versions are unknown", "in the clone: pip install -e ."
+        )
         return
     (asked,) = about.get_all("Requires-Python") or [""]
     fits = SpecifierSet(asked).contains(version, prereleases=True)
@@ -46,7 +48,7 @@ def python() -> Iterator[Finding]:
         yield Finding("ok", US, f"{about['Version']} in {here}")
     else:
         found = f"{here} is version {unimat_jax.__version__}, installed is {about['Version']}"
-        yield Finding("warning", US, found, "pip install -e . in the clone")
+        yield Finding("warning", US, found, "in the clone: pip install -e .")
 
 
 def required() -> Iterator[Finding]:
@@ -69,7 +71,7 @@ def required() -> Iterator[Finding]:
 def extras() -> Iterator[Finding]:
     """Each extra of the package: there or not, and how to get it."""
     for extra in importlib.metadata.metadata(US).get_all("Provides-Extra") or []:
-        fix = f"to have it: pip install -e '.[{extra}]' in the clone"
+        fix = f"to have it, in the clone: pip install -e '.[{extra}]'"
         wrong = list(_wrong(_requirements(US, extra)))
         outdated = [f"{r.name} {version}, but {_asked(r)}" for r, version in wrong if version is not None]
         missing = [r.name for r, version in wrong if version is None]
