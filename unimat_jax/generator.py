@@ -66,7 +66,8 @@ class SamplerSettings:
 
 
 class Generator:
-    """Samples from a training run's checkpoint or an exported model. Holds parameters and a jitted sampler, no other state.
+    """Samples from a training run's checkpoint or an exported model. Holds parameters and a jitted sampler, and
+    no other state.
 
     step: a checkpoint's step, the latest by default; ema: averaged parameters (default) or raw ones. Raises UserError
     where there is no checkpoint.
