@@ -35,11 +35,14 @@ def arrays(workdir: Path, step: int) -> dict[str, np.ndarray]:
     """Every array of a checkpoint as it lies on disk."""
     import orbax.checkpoint as ocp
 
-    with ocp.StandardCheckpointer() as checkpointer:
-        items = {
-            item: checkpointer.restore((workdir / "checkpoints" / str(step) / item).absolute())
-            for item in ("params", "ema_params", "optimizer")
-        }
+    items = {}
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        for item in ("params", "ema_params", "optimizer"):
+            path = (workdir / "checkpoints" / str(step) / item).absolute()
+            # As numpy: devices that are not here may have written it.
+            tree = checkpointer.metadata(path).item_metadata.tree
+            as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+            items[item] = checkpointer.restore(path, restore_args=as_numpy)
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(items)}
 
 

@@ -181,9 +181,11 @@ def sampler_program(
     method: str,
     log_variance_interpolation: float,
     guidance_weight: float,
+    params_sharding: Any = None,
 ) -> Any:
     """Jitted (params, key, arrays of `abstract_conditions`) -> (x_0 [B, L, H, W, 3], lattice_0 [B, D]), the batch over
-    all devices of the mesh, the parameters on each. `diffusion`: the fields of config.diffusion."""
+    all devices of the mesh, the parameters on each unless they have another `params_sharding`. `diffusion`: the fields
+    of config.diffusion."""
 
     def run(params, key, arrays):
         cond = make_condition(*(arrays[name] for name in CONDITION))
@@ -207,5 +209,6 @@ def sampler_program(
         )
 
     everywhere, by_batch = sharding.replicated(mesh), sharding.batch_sharding(mesh)
-    shardings = {"in_shardings": (everywhere, everywhere, by_batch), "out_shardings": by_batch}
+    params_sharding = everywhere if params_sharding is None else params_sharding
+    shardings = {"in_shardings": (params_sharding, everywhere, by_batch), "out_shardings": by_batch}
     return jax.jit(run, **shardings, compiler_options=compiler_options(mesh.devices.flat[0].platform))

@@ -7,15 +7,19 @@ that `unimat export` wrote (see `weights.py`) is read in a run's place.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
 from unimat_jax import weights
@@ -55,7 +59,7 @@ def _loss(metrics: dict[str, float]) -> float:
 class Checkpoints:
     """The checkpoints of one run: saved asynchronously; the last and the best by validation loss are kept."""
 
-    def __init__(self, workdir: Path, keep: int = 1):
+    def __init__(self, workdir: Path, keep: int = 2):
         if exported(workdir):
             raise UserError(
                 f"--workdir={workdir} holds an exported model, which training cannot go on from: name another"
@@ -65,8 +69,9 @@ class Checkpoints:
             # Ascending order keeps the largest: reversed, the smallest loss is kept.
             checkpoint_managers.BestN(get_metric_fn=_loss, reverse=True, n=1, keep_checkpoints_without_metrics=False),
         ]
+        self._folder = workdir.absolute() / FOLDER
         self._manager = ocp.CheckpointManager(
-            workdir.absolute() / FOLDER,
+            self._folder,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
                 best_fn=_loss,  # the policy alone decides, but without this orbax does not store metrics
@@ -80,23 +85,45 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(self, state: TrainState, dataset_state: dict[str, Any], metrics: dict[str, float] | None) -> None:
+        """Begins to write a checkpoint. Raises UserError where it, or the one before, cannot be written."""
         step = int(state.step)
         if step in self._manager.all_steps():
             return
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardSave(state.params),
-                ema_params=ocp.args.StandardSave(state.ema_params),
-                optimizer=ocp.args.StandardSave({"opt_state": state.opt_state}),
-                dataset=ocp.args.JsonSave(dataset_state),
-            ),
-            metrics={BEST_METRIC: (metrics or {}).get(BEST_METRIC, math.inf)},  # not evaluated is never the best
-        )
+        with self._told():
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    params=ocp.args.StandardSave(state.params),
+                    ema_params=ocp.args.StandardSave(state.ema_params),
+                    optimizer=ocp.args.StandardSave({"opt_state": state.opt_state}),
+                    dataset=ocp.args.JsonSave(dataset_state),
+                ),
+                metrics={BEST_METRIC: (metrics or {}).get(BEST_METRIC, math.inf)},  # not evaluated is never the best
+            )
 
-    def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """The latest state, in the shapes and shardings of `like` (jax.ShapeDtypeStruct), and the iterator's."""
-        step = self._manager.latest_step()
+    def restore_latest(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
+        """The latest state that can be read, in the shapes and shardings of `like` (jax.ShapeDtypeStruct), and the
+        iterator's; None where there is no checkpoint. One that is damaged is renamed to STEP.damaged, with a warning.
+        Raises UserError where all are damaged."""
+        damaged: dict[int, str] = {}
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                found = self._restore(step, like)
+            except Exception as error:  # orbax, tensorstore and json each have their own
+                damaged[step] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+                continue
+            for number, why in damaged.items():
+                self._set_aside(number, f"the checkpoint of step {number} is damaged ({why}); going on from {step}")
+            return found
+        if damaged:
+            step, why = next(iter(damaged.items()))
+            raise UserError(
+                f"{self._folder}: no checkpoint can be read (steps {sorted(damaged)}; that of {step}: {why}): put back "
+                "a copy, or name another --workdir"
+            )
+        return None
+
+    def _restore(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
         restored = self._manager.restore(
             step,
             args=ocp.args.Composite(
@@ -110,11 +137,38 @@ class Checkpoints:
         opt_state = restored["optimizer"]["opt_state"]
         return TrainState(step_array, restored["params"], restored["ema_params"], opt_state), dict(restored["dataset"])
 
+    def _set_aside(self, step: int, why: str) -> None:
+        multihost_utils.sync_global_devices(f"all have tried to read step {step}")
+        if jax.process_index() == 0:
+            print(f"warning: {why}", file=sys.stderr, flush=True)
+            target = self._folder / f"{step}.damaged"
+            shutil.rmtree(target, ignore_errors=True)
+            (self._folder / str(step)).rename(target)
+        multihost_utils.sync_global_devices(f"step {step} is set aside")
+        self._manager.reload()
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        """Turns what orbax raises when a checkpoint cannot be written, a full disk for one, into a UserError."""
+        try:
+            yield
+        except (OSError, ValueError, RuntimeError) as error:
+            whole = sorted(int(p.name) for p in self._folder.iterdir() if p.name.isdigit())
+            free = shutil.disk_usage(self._folder).free / 2**20
+            raise UserError(
+                f"the checkpoint cannot be written ({' '.join(str(error).split())[:300]}); {self._folder} has "
+                f"{free:,.0f} MiB free. The checkpoints of steps {whole} are whole: make room, and the same command "
+                "goes on from the last"
+            ) from error
+
     def wait(self) -> None:
-        self._manager.wait_until_finished()
+        """Until all that was begun is written. Raises UserError as `save`."""
+        with self._told():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
-        self._manager.close()
+        with self._told():
+            self._manager.close()
 
 
 def read_run(directory: str | Path) -> tuple[Path, dict[str, Any], dict[str, Any]]:

@@ -85,7 +85,10 @@ def get_config() -> Any:  # a ConfigDict; its fields are unknown to type checker
     config.train.eval_examples = 512
     config.train.sample_every = 0  # sampled validity check; 0 is off
     config.train.sample_examples = 32
-    config.train.keep_checkpoints = 1  # latest ones kept, besides the best
+    config.train.keep_checkpoints = 2  # latest ones kept, besides the best
+    config.train.max_loss_ratio = 10.0  # a loss over so many times the median of the last 64 is a bad step; 0: never
+    config.train.max_rollbacks = 3  # times that a run goes back to the same checkpoint after a bad step
+    config.train.log_batches = False  # write the examples of every step into batches_PROCESS.jsonl
 
     config.sample = ConfigDict()
     config.sample.method = "ancestral"  # (paper); "ddim"

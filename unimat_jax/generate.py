@@ -21,6 +21,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from unimat_jax import distributed
 from unimat_jax.cli import Parser, run_program
 from unimat_jax.crystal import Crystal
 from unimat_jax.errors import UserError
@@ -38,7 +39,12 @@ PACKAGES = ("unimat-jax", "jax", "jaxlib", "flax", "orbax-checkpoint", "numpy", 
 
 
 def parser() -> Parser:
-    p = Parser(prog="unimat generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(
+        prog="unimat generate",
+        description=__doc__,
+        epilog=f"several processes:\n{distributed.FLAGS}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     p.add_argument("--checkpoint", required=True, help="the --workdir of a training run, or an exported model")
     p.add_argument("--output_dir", required=True, type=Path)
     p.add_argument("--num_samples", type=int, help="total number (default 16, or what --compositions_from gives)")
@@ -211,8 +217,16 @@ def run(
     resume: bool = False,
     overwrite: bool = False,
 ) -> Counter[str]:
-    """Generates the requests into `output_dir`, prints a summary and returns how many samples have each status."""
+    """Generates the requests into `output_dir`, prints a summary and returns how many samples have each status.
+
+    Of a job of several processes, all sample their part and the first one writes.
+    """
+    import jax
     from tqdm import tqdm
+
+    from unimat_jax.sharding import number_of_first
+
+    first = jax.process_index() == 0
 
     config = {
         "checkpoint": str(generator.directory), "checkpoint_step": generator.step,
@@ -223,8 +237,12 @@ def run(
         "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }  # fmt: skip
+    if not first:
+        for _ in generator.sample(requests, settings, condition, seed=seed, start=number_of_first(0)):
+            pass
+        return Counter()
     output = Output(output_dir, json.loads(json.dumps(config)), resume=resume, overwrite=overwrite)
-    done = len(output.rows)
+    done = number_of_first(len(output.rows))
     with tqdm(total=len(requests), initial=done, desc="generating", unit="crystal", file=sys.stderr) as bar:
         for batch in generator.sample(requests, settings, condition, seed=seed, start=done):
             rows = [row_of(sample, seed, condition)[0] for sample in batch]
@@ -251,7 +269,11 @@ def _hash(requests: Sequence[Request]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments = parser().parse(sys.argv[1:] if argv is None else argv)
+    return distributed.launch("unimat_jax.generate", sys.argv[1:] if argv is None else argv, _program)
+
+
+def _program(argv: Sequence[str]) -> int:
+    arguments = parser().parse(argv)
     condition = conditions(arguments.condition)
     if arguments.samples_per_composition < 1:
         raise UserError(f"--samples_per_composition={arguments.samples_per_composition}: give a number above 0")

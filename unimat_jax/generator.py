@@ -161,8 +161,8 @@ class Generator:
             part = [requests[min(i, len(requests) - 1)] for i in range(first, first + size)]
             arrays = _conditions(part, self.spec, values, given)
             arrays["indices"] = np.arange(first, first + size, dtype=np.int32)
-            placed = sharding.to_devices(arrays, sharding.batch_sharding(self._mesh))
-            x, lattice = (np.asarray(a) for a in jax.device_get(run(self.params, key, placed)))
+            placed = sharding.whole_to_devices(arrays, sharding.batch_sharding(self._mesh))
+            x, lattice = (sharding.to_host(a) for a in run(self.params, key, placed))
             wanted = range(max(start - first, 0), min(size, len(requests) - first))
             yield [self._sample_of(first + i, part[i], x[i], lattice[i]) for i in wanted]
 

@@ -17,6 +17,7 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
+from unimat_jax import distributed
 from unimat_jax.cli import run_program
 from unimat_jax.errors import UserError
 
@@ -89,12 +90,17 @@ def parse_flags(arguments: Sequence[str]) -> flags.FlagValues:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    values = parse_flags(sys.argv[1:] if argv is None else argv)
+    return distributed.launch("unimat_jax.main", sys.argv[1:] if argv is None else argv, _program)
+
+
+def _program(argv: Sequence[str]) -> int:
+    values = parse_flags(argv)
     if values.help:
         names = ", ".join(sorted(p.stem for p in config_directory().glob("*.py") if p.stem != "__init__"))
         print(f"{__doc__}\nflags:\n  --config=FILE or NAME   one of: {names}\n  --workdir=DIR")
         print("  --config.SECTION.FIELD=VALUE   all fields: unimat_jax/default_config.py")
         print("  --mode=compile --topology=SLICE [--programs=train_step,sampler] [--search] [--output=FILE.json]")
+        print(distributed.FLAGS)
         return 0
     if values.mode == "compile":
         from unimat_jax.aot import command

@@ -4,10 +4,22 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TextIO
+
+
+def append_lines(path: Path) -> TextIO:
+    """Opens a file of lines to go on with; half a line that a killed run left at its end is cut off."""
+    if path.exists():
+        with path.open("r+b") as file:
+            start = max(file.seek(0, os.SEEK_END) - 2**20, 0)
+            file.seek(start)
+            file.truncate(start + file.read().rfind(b"\n") + 1)
+    return path.open("a")
 
 
 class MetricWriter:
@@ -15,7 +27,7 @@ class MetricWriter:
     twice the last line counts."""
 
     def __init__(self, workdir: Path, active: bool = True):
-        self._file = (workdir / "metrics.jsonl").open("a") if active else None
+        self._file = append_lines(workdir / "metrics.jsonl") if active else None
         self._board = None
         if active:
             try:
@@ -57,6 +69,10 @@ class Progress:
     def left_out(self, seconds: float) -> None:
         """Leaves time that was no training (compilation, an evaluation, a checkpoint) out of the rates."""
         self._last += seconds
+
+    def restart(self, step: int) -> None:
+        """The run went back to `step`."""
+        self._last, self._last_step, self._waited = time.monotonic(), step, 0.0
 
     def report(self, step: int, metrics: Mapping[str, float]) -> dict[str, float]:
         """Prints the progress line and returns examples per second and the share of time spent waiting for data."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from unimat_jax.errors import UserError
@@ -19,7 +21,8 @@ def make_mesh(fsdp: int = 1, devices: list[Any] | None = None) -> Mesh:
     devices = jax.devices() if devices is None else devices
     if fsdp < 1 or len(devices) % fsdp:
         raise UserError(f"train.fsdp = {fsdp} does not divide the {len(devices)} devices: choose a divisor")
-    grid = np.array(devices).reshape(-1, fsdp)
+    # A process's devices lie together: it reads one contiguous part of each batch.
+    grid = np.array(sorted(devices, key=lambda d: (d.process_index, d.id))).reshape(-1, fsdp)
     return Mesh(grid, ("data", "fsdp"), axis_types=(AxisType.Auto, AxisType.Auto))
 
 
@@ -49,6 +52,41 @@ def fsdp_sharding(mesh: Mesh, tree: Any) -> Any:
 def to_devices(batch: dict[str, np.ndarray], sharding: NamedSharding) -> dict[str, jax.Array]:
     """The global batch from this process's part of it."""
     return {name: jax.make_array_from_process_local_data(sharding, value) for name, value in batch.items()}
+
+
+def whole_to_devices(batch: dict[str, np.ndarray], sharding: NamedSharding) -> dict[str, jax.Array]:
+    """The global batch where every process has all of it."""
+
+    def place(value: np.ndarray) -> jax.Array:
+        return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
+
+    return {name: place(value) for name, value in batch.items()}
+
+
+def to_host(array: jax.Array) -> np.ndarray:
+    """The whole array, in every process, whatever devices hold it."""
+    if array.is_fully_addressable or array.is_fully_replicated:
+        return np.asarray(array)
+    return multihost_utils.process_allgather(array, tiled=True)
+
+
+def number_of_first(value: int) -> int:
+    """Process 0's value, in every process."""
+    return int(multihost_utils.broadcast_one_to_all(np.int64(value))) if jax.process_count() > 1 else value
+
+
+def device_table(hosts: Sequence[str]) -> str:
+    """What the job runs on, a line a process, for people. hosts: names by process, or none for a single one."""
+    lines = []
+    by_process: dict[int, list[Any]] = {}
+    for device in jax.devices():
+        by_process.setdefault(device.process_index, []).append(device)
+    for process, devices in sorted(by_process.items()):
+        where = f" on {hosts[process]}" if hosts else ""
+        lines.append(f"process {process}{where}: {len(devices)} x {devices[0].device_kind}")
+    stats = jax.local_devices()[0].memory_stats() or {}
+    memory = f", {stats['bytes_limit'] / 2**30:.1f} GiB each" if "bytes_limit" in stats else ""
+    return f"devices: {jax.device_count()}{memory}, jax {jax.__version__}\n" + "\n".join(f"  {line}" for line in lines)
 
 
 def check_batch_size(batch_size: int, mesh: Mesh, field: str) -> None:

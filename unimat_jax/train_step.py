@@ -115,6 +115,8 @@ def train_step(
         zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), like)
         total, _ = jax.lax.scan(add, zeros, parts, unroll=unroll)
         gradients, metrics = jax.tree.map(lambda a: a / microbatches, total)
+    if "stop" in batch:  # a process that was told to stop tells all: they must end after the same step
+        metrics["stop"] = jnp.max(batch["stop"])
     metrics["train/grad_norm"] = optax.tree.norm(gradients)
     state = apply_gradients(state, gradients, optimizer, ema_decay)
     metrics["train/param_norm"] = optax.tree.norm(state.params)  # not finite where the update broke the parameters

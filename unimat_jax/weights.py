@@ -46,10 +46,15 @@ def read(path: Path, like: Any) -> Any:
     try:
         with safe_open(path, framework="numpy") as file:
             _check(path, file, wanted)
-            arrays = [jax.device_put(file.get_tensor(name), leaf.sharding) for name, leaf in wanted.items()]
+            arrays = [_placed(file.get_tensor(name), leaf.sharding) for name, leaf in wanted.items()]
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is damaged or cut off ({error}): export or download it again") from error
     return jax.tree.unflatten(jax.tree.structure(like), arrays)
+
+
+def _placed(array: np.ndarray, sharding: Any) -> jax.Array:
+    """On this process's devices, of which the sharding may have others too."""
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
 def _check(path: Path, file: Any, wanted: Mapping[str, Any]) -> None:
