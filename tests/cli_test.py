@@ -85,6 +85,8 @@ REQUIRED = {
     "prepare": ["--dataset=starter"],
     "train": ["--config=perov_5", "--workdir=not_made"],
     "generate": ["--checkpoint=not_there", "--output_dir=not_made"],
+    "export": ["--checkpoint=not_there", "--output_dir=not_made"],
+    "doctor": [],
     "check": ["not_there.cif"],
     "evaluate": ["--structures=not_there.cif", "--output_dir=not_made"],
 }

@@ -1,7 +1,8 @@
 """Checkpoints: orbax for the arrays, JSON for everything that gives them meaning. Nothing is ever pickled.
 
 A run's directory holds `config.json` (the full config), `model.json` (network, spec, condition schema, data set) and
-`checkpoints/<step>/` with the items `params`, `ema_params`, `optimizer` and `dataset` (the iterator's state).
+`checkpoints/<step>/` with the items `params`, `ema_params`, `optimizer` and `dataset` (the iterator's state). A model
+that `unimat export` wrote (see `weights.py`) is read in a run's place.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
+from unimat_jax import weights
 from unimat_jax.errors import UserError
 from unimat_jax.train_state import TrainState
 
@@ -38,6 +40,19 @@ def write_json(path: Path, value: Any) -> None:
     partial.replace(path)
 
 
+def read_json(path: Path) -> Any:
+    """Raises UserError for a file that is missing or no JSON."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+
+
+def exported(directory: Path) -> dict[str, Any] | None:
+    """The entry "export" of its model.json; None where it holds no exported model."""
+    return read_json(directory / MODEL).get("export") if (directory / MODEL).exists() else None
+
+
 def _loss(metrics: dict[str, float]) -> float:
     return metrics[BEST_METRIC]
 
@@ -50,6 +65,10 @@ class Checkpoints:
     """The checkpoints of one run: saved asynchronously; the last and the best by validation loss are kept."""
 
     def __init__(self, workdir: Path, keep: int = 2):
+        if exported(workdir):
+            raise UserError(
+                f"--workdir={workdir} holds an exported model, which training cannot go on from: name another"
+            )
         policies = [
             checkpoint_managers.LatestN(keep),
             # Ascending order keeps the largest: reversed, the smallest loss is kept.
@@ -168,20 +187,21 @@ class Checkpoints:
 
 
 def read_run(directory: str | Path) -> tuple[Path, dict[str, Any], dict[str, Any]]:
-    """(run directory, config, model description) of a run, given it or its `checkpoints` folder. Raises UserError."""
+    """(directory, config, model description) of a run, given it or its `checkpoints` folder, or of an exported model.
+    Raises UserError."""
     path = Path(directory)
     if not path.is_dir():
         raise UserError(f"--checkpoint={directory}: no such directory; give the --workdir of a training run")
     root = path if (path / MODEL).exists() else path.parent
-    if not (root / MODEL).exists() or not (root / FOLDER).is_dir():
+    if not exported(root) and not ((root / MODEL).exists() and (root / FOLDER).is_dir()):
         inside = sorted(str(found.parent) for found in path.glob(f"*/{MODEL}"))
         raise UserError(
             f"--checkpoint={directory}: no checkpoint there ({MODEL} and {FOLDER}/ are missing); "
             f"give the --workdir of a training run{', as ' + ' or '.join(inside[:3]) if inside else ''}"
         )
-    description = json.loads((root / MODEL).read_text())
+    description = read_json(root / MODEL)
     check_format(description, root)
-    return root, json.loads((root / CONFIG).read_text()), description
+    return root, read_json(root / CONFIG), description
 
 
 def check_format(description: Mapping[str, Any], root: Path) -> None:
@@ -203,6 +223,8 @@ def available_steps(root: Path) -> list[int]:
 
 def load_params(root: Path, like: Any, *, step: int | None = None, ema: bool = True) -> tuple[Any, int, str]:
     """(parameters, their step, a hash of them) of a run; the latest step unless `step` is given."""
+    if about := exported(root):
+        return _exported_params(root, about, like, step=step, kind="ema" if ema else "raw")
     steps = available_steps(root)
     if step is not None and step not in steps:
         raise UserError(f"--step={step}: the run has checkpoints at steps {steps}")
@@ -211,6 +233,22 @@ def load_params(root: Path, like: Any, *, step: int | None = None, ema: bool = T
     with ocp.StandardCheckpointer() as checkpointer:
         params = checkpointer.restore((root / FOLDER / str(step) / item).absolute(), like)
     return params, step, hash_of(params)
+
+
+def _exported_params(
+    root: Path, about: Mapping[str, Any], like: Any, *, step: int | None, kind: str
+) -> tuple[Any, int, str]:
+    if step not in (None, about["step"]):
+        raise UserError(f"--step={step}: {root} is a model exported at step {about['step']}, and holds no other")
+    path = root / weights.FILES[kind]
+    params = weights.read(path, like)
+    found, told = hash_of(params), about["parameters_hash"][kind]
+    if found != told:
+        raise UserError(
+            f"{path}: its parameters have the hash {found}, and {MODEL} beside it says {told}: one of the two was "
+            "changed or damaged; export or download the model again"
+        )
+    return params, about["step"], found
 
 
 def hash_of(params: Any) -> str:

@@ -15,8 +15,13 @@ VERBS = {
     "prepare": ("data_prep.prepare", "crystal files or a known data set -> sharded UniMat records"),
     "train": ("unimat_jax.main", "a config and records -> checkpoints (the same --workdir resumes)"),
     "generate": ("unimat_jax.generate", "a checkpoint -> crystals as extxyz, CIF and a manifest"),
+    "export": (
+        "unimat_jax.export",
+        "a checkpoint -> safetensors, JSON and a model card, to share and to generate from",
+    ),
     "evaluate": ("unimat_jax.evaluate", "metrics of any crystals against real ones, a report to look at"),
     "check": ("unimat_jax.evaluation.validity", "structure and composition validity of any crystal files"),
+    "doctor": ("unimat_jax.doctor.command", "looks at this machine and installation, and says what to do"),
 }
 
 

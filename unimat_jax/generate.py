@@ -45,7 +45,7 @@ def parser() -> Parser:
         epilog=f"several processes:\n{distributed.FLAGS}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    p.add_argument("--checkpoint", required=True, help="the --workdir of a training run")
+    p.add_argument("--checkpoint", required=True, help="the --workdir of a training run, or an exported model")
     p.add_argument("--output_dir", required=True, type=Path)
     p.add_argument("--num_samples", type=int, help="total number (default 16, or what --compositions_from gives)")
     p.add_argument("--seed", type=int, default=0, help="sample i depends on the seed and i alone")

@@ -66,7 +66,8 @@ class SamplerSettings:
 
 
 class Generator:
-    """Samples from a training run's checkpoint. Holds parameters and a jitted sampler, and no other state.
+    """Samples from a training run's checkpoint or an exported model. Holds parameters and a jitted sampler, and
+    no other state.
 
     step: a checkpoint's step, the latest by default; ema: averaged parameters (default) or raw ones. Raises UserError
     where there is no checkpoint.
@@ -78,7 +79,9 @@ class Generator:
         self.condition_schema: list[dict[str, Any]] = self.description["condition_schema"]
         self._network = assembly.create_network(self.description["model"])
         self._mesh = sharding.make_mesh()
-        compilation_cache.enable(self.config["train"].get("compilation_cache", "auto"))
+        # Compiled programs are run: not from where the config of a model that somebody shared says.
+        own = "export" not in self.description
+        compilation_cache.enable(self.config["train"].get("compilation_cache", "auto") if own else "auto")
         arguments = assembly.init_arguments(self.spec, len(self.condition_schema))
         shapes = jax.eval_shape(lambda: self._network.init(jax.random.key(0), *arguments)["params"])
         everywhere = sharding.replicated(self._mesh)
