@@ -43,7 +43,7 @@ def test_the_last_and_the_best_checkpoints_are_kept(tmp_path, keep, losses, kept
     assert available_steps(tmp_path) == kept
     again = Checkpoints(tmp_path, keep)
     assert again.latest_step == max(losses)
-    restored, position = again.restore(like(state(0)))
+    restored, position = again.restore_latest(like(state(0)))
     assert int(restored.step) == max(losses) and position == {"next_index": max(losses)}
     np.testing.assert_array_equal(restored.ema_params["w"], state(max(losses)).params["w"])
     again.close()

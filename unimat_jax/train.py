@@ -244,8 +244,8 @@ class _Training:
         if step.number % self.config.train.log_every == 0 or step.number == self.config.train.num_steps:
             self.metrics |= values
             rates = self.progress.report(step.number, values)
-            learning_rate = float(self.run.schedule(step.number - 1))
-            self.writer.write(step.number, {**values, **rates, "learning_rate": learning_rate})
+            learning_rate: Any = self.run.schedule(step.number - 1)
+            self.writer.write(step.number, {**values, **rates, "learning_rate": float(learning_rate)})
         return True
 
     def _roll_back(self, step: _Step, problem: str) -> None:
