@@ -14,7 +14,7 @@ import pytest
 import tiny_run
 from train_test import arrays, rows
 
-from unimat_jax import distributed
+from unimat_jax import Generator, distributed
 from unimat_jax.checkpoint import available_steps
 from unimat_jax.distributed import PEER_LOST
 from unimat_jax.errors import UserError
@@ -108,6 +108,8 @@ def test_two_processes_train_as_one(trained, tiny_data, folder):
     ours, alone = arrays(workdir, 12), arrays(trained, 12)
     for name in alone:
         np.testing.assert_allclose(ours[name], alone[name], rtol=2e-3, atol=2e-4)
+    # What two processes wrote, this one samples from.
+    assert [sample.status for sample in Generator(workdir).generate(2, formula="NaCl", num_steps=2)] == ["ok", "ok"]
     # Each process read its half of each global batch, and no other.
     logs = [[json.loads(line) for line in (workdir / f"batches_{p}.jsonl").read_text().splitlines()] for p in (0, 1)]
     assert [row["step"] for row in logs[0]] == list(range(1, 13)) == [row["batch"] + 1 for row in logs[1]]

@@ -155,7 +155,9 @@ def meet(address: str, num_processes: int, process: int, same: Mapping[str, Any]
 def _host(port: int, num_processes: int, hello: dict[str, Any], timeout: float) -> Peers:
     end = time.monotonic() + timeout
     try:
-        server = socket.create_server(("", port))
+        both = socket.has_dualstack_ipv6()
+        family = socket.AF_INET6 if both else socket.AF_INET
+        server = socket.create_server(("", port), family=family, dualstack_ipv6=both)
     except OSError as error:
         raise UserError(
             f"process 0 cannot listen on port {port} ({error.strerror}): choose another --coordinator_address"

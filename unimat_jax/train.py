@@ -235,7 +235,7 @@ class _Training:
     def _accept(self, step: _Step) -> bool:
         """Looks at a step's metrics and logs them where they are due. False: it went wrong, and the run is back at the
         last good checkpoint."""
-        values = {name: float(value) for name, value in step.metrics.items() if name != "stop"}
+        values = {name: float(value) for name, value in jax.device_get(step.metrics).items() if name != "stop"}
         problem = self.loss_watch.problem(values)
         if problem:
             self._roll_back(step, problem)
