@@ -21,6 +21,14 @@ from unimat_jax.periodic_table import SYMBOLS
 Changes = Counter
 """What reading took away from or did to a structure: name -> 1 (summed over structures by whoever reads many)."""
 
+MAX_ATOMS = 100_000
+"""Of one structure: what announces or lists more is refused before memory is asked for."""
+MAX_LENGTH = 10_000.0
+"""Angstrom, of a cell vector: longer ones are no crystals but numbers gone wrong."""
+MAX_FRAC_COORD = 1e6
+"""Cells away from the origin: from there on float64 loses the coordinate inside the cell."""
+MAX_NAME_LENGTH = 500
+
 _NUMBER_OF = {symbol: z for z, symbol in enumerate(SYMBOLS) if z}
 _ISOTOPES = ("D", "T")
 _WATER_LIKE = {"Hw", "Ow", "Wat", "wat", "OH", "OH2"}  # CIF labels of real atoms that pymatgen knows
@@ -42,15 +50,27 @@ class RawStructure:
     properties: dict[str, float] = dataclasses.field(default_factory=dict)
     texts: dict[str, str] = dataclasses.field(default_factory=dict)
 
+    def __post_init__(self):
+        for name in ("uid", "origin"):
+            object.__setattr__(self, name, printable(str(getattr(self, name)), MAX_NAME_LENGTH))
+
+
+def printable(text: str, length: int) -> str:
+    """The text on one line that any file can hold: no control characters, no halves of surrogate pairs."""
+    if len(text) > length:
+        text = text[: length - 3] + "..."
+    return text if text.isprintable() else "".join(c if c.isprintable() else "?" if c > " " else " " for c in text)
+
 
 def problem(uid: str, origin: str, reason: str, message: str) -> RawStructure:
     """A structure that already failed when it was looked for; `parse` raises it."""
-    return RawStructure(uid, origin, "problem", (reason, message))
+    return RawStructure(uid, origin, "problem", (reason, printable(message, 1000)))
 
 
 def parse(raw: RawStructure) -> tuple[Crystal, Changes]:
     """The crystal and what was changed. Raises CrystalError: `unparsable`, `disordered`, `bad_element`, `not_finite`,
-    `formula_mismatch`, `no_atoms`, `not_periodic`, `cell_degenerate`, `empty_file` and the reasons of a `problem`."""
+    `formula_mismatch`, `no_atoms`, `not_periodic`, `cell_degenerate`, `cell_too_large`, `coordinates_too_large`,
+    `too_large` and the reasons of a `problem`."""
     changes: Changes = Counter()
     try:
         with warnings.catch_warnings():
@@ -59,9 +79,28 @@ def parse(raw: RawStructure) -> tuple[Crystal, Changes]:
     except CrystalError:
         raise
     except Exception as error:  # file readers raise anything at all on broken text
-        first_line = (str(error).strip() or "no message").splitlines()[0][:200]
-        raise CrystalError("unparsable", f"{raw.origin}: {type(error).__name__}: {first_line}") from error
+        first_line = (str(error).strip() or "no message").splitlines()[0]
+        message = printable(f"{raw.origin}: {type(error).__name__}: {first_line}", 300)
+        raise CrystalError("unparsable", message) from error
+    _check_size(crystal, raw)
     return crystal, changes
+
+
+def _check_size(crystal: Crystal, raw: RawStructure) -> None:
+    if crystal.lengths.max() > MAX_LENGTH:
+        longest = f"{crystal.lengths.max():.3g}"
+        raise CrystalError("cell_too_large", f"{raw.origin}: a cell vector is {longest} A long, limit {MAX_LENGTH:g}")
+    if np.abs(crystal.frac_coords).max() > MAX_FRAC_COORD:
+        farthest = f"{np.abs(crystal.frac_coords).max():.3g}"
+        raise CrystalError(
+            "coordinates_too_large",
+            f"{raw.origin}: an atom is {farthest} cells away from the origin, the limit is {MAX_FRAC_COORD:g}",
+        )
+
+
+def _check_count(number: int, raw: RawStructure) -> None:
+    if number > MAX_ATOMS:
+        raise CrystalError("too_large", f"{raw.origin} has {number} atoms, the limit is {MAX_ATOMS}")
 
 
 def _symbol(text: str, raw: RawStructure, changes: Changes) -> str:
@@ -120,6 +159,9 @@ def _parse_cif(raw: RawStructure, changes: Changes) -> Crystal:
             "no_structure", f"{raw.origin}: no CIF block with a cell (_cell_length_a): is the file cut off?"
         )
     data = block.data
+    _check_count(
+        max((len(v) for k, v in data.items() if k.startswith("_atom_site_") and isinstance(v, list)), default=0), raw
+    )
     for key in ("_length_a", "_length_b", "_length_c", "_angle_alpha", "_angle_beta", "_angle_gamma"):
         if re.search(r"nan|inf", str(data[f"_cell{key}"]), re.IGNORECASE):
             raise CrystalError("not_finite", f"{raw.origin}: _cell{key} is {data[f'_cell{key}']!r}: give a number")
@@ -188,6 +230,8 @@ def _parse_poscar(raw: RawStructure, changes: Changes) -> Crystal:
         # pymatgen would take H, He, Li, ... for a VASP 4 file without symbols.
         raise CrystalError("no_symbols", f"{raw.origin}: POSCAR without element symbols on line 6: write them there")
     # "Fe_pv" and "Fe/0ab3" name potentials.
+    counts = re.findall(r"\d+", re.sub(r"[!#].*", "", lines[6]), re.ASCII)
+    _check_count(sum(int(count[:18]) for count in counts), raw)
     clean = [_symbol(re.split(r"[_/]", s)[0], raw, changes) for s in symbols]
     lines[5] = " ".join(clean)
     poscar = Poscar.from_str("\n".join(lines) + "\n", read_velocities=False)
@@ -238,6 +282,7 @@ def _parse_pymatgen(raw: RawStructure, changes: Changes) -> Crystal:
         raise CrystalError("no_structure", f"{raw.origin}: no pymatgen Structure in it (keys 'lattice' and 'sites')")
     if not np.isfinite(np.asarray(data["lattice"].get("matrix", 0.0), np.float64)).all():
         raise CrystalError("not_finite", f"{raw.origin}: the lattice is NaN or infinite")
+    _check_count(len(data["sites"]), raw)
     for site in data["sites"]:
         for species in site.get("species", ()):
             _symbol(str(species["element"]), raw, changes)
