@@ -178,7 +178,12 @@ def _scan_one_of_many(file: SourceFile) -> Iterator[RawStructure]:
     if reader is None:
         archive = re.search(r"\.(zip|tar|tgz|7z|rar|(tar\.)?(gz|bz2|xz|zst))$", file.name, re.IGNORECASE)
         why = "is an archive inside, which is not opened: unpack it" if archive else "is of no known kind"
-        yield problem(file.uid, file.name, "not_a_structure_file", f"{file.name} {why}; it was left out")
+        yield problem(
+            file.uid,
+            file.name,
+            "not_a_structure_file",
+            f"{file.name or 'a file without a name'} {why}; it was left out",
+        )
         return
     yield from _read(file, reader)
 
@@ -223,7 +228,9 @@ def open_zip(path: Path) -> Iterator[tuple[SourceFile, RawStructure | None]]:
         archive = zipfile.ZipFile(path)
     except Exception as error:  # BadZipFile, and what else broken headers lead to
         raise UserError(f"{path} is no valid zip ({error}): was the download cut off?") from error
-    members = sorted((m for m in archive.infolist() if not m.is_dir()), key=lambda m: m.filename)
+    members = sorted((m for m in archive.infolist() if not m.filename.endswith("/")), key=lambda m: m.filename)
+    if not members:
+        raise UserError(f"{path} holds no files: was the download cut off?")
 
     def opener(member: zipfile.ZipInfo) -> IO[bytes]:
         return archive.open(member)

@@ -17,13 +17,14 @@ from unimat_jax.structure_parsing import RawStructure, problem
 from unimat_jax.structure_streams import MAX_TEXT_BYTES, SourceFile, TooLarge, too_large
 from unimat_jax.structure_tables import split_columns, uid_of
 
-WINDOW = 2**20
+WINDOW = 2**16
 """Characters that are read at once; the window grows for a longer value, up to MAX_TEXT_BYTES."""
 MAX_UNDECIDED = 1000
 """Entries without a structure that are held back before a file counts as a collection with failures."""
 
 _SPACE = re.compile(r"[ \t\r\n]*")
 _DECODER = json.JSONDecoder()
+_NUMBER_MAY_GO_ON = re.compile(r"([.eE][+-]?)?")  # behind the window
 _LONGEST_TOKEN = 16  # "-Infinity", an escaped surrogate pair
 
 
@@ -82,7 +83,9 @@ class _Window:
         while True:
             try:
                 value, end = _DECODER.raw_decode(self.text, self.at)
-                if end < len(self.text) or self.ended:  # a number may go on behind the window
+                if end - self.at > MAX_TEXT_BYTES:
+                    raise too_large(f"an entry of {self.name}")
+                if self.ended or not _NUMBER_MAY_GO_ON.fullmatch(self.text, end):
                     self.at = end
                     return value
             except json.JSONDecodeError as error:

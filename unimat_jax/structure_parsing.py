@@ -22,7 +22,11 @@ Changes = Counter
 """What reading took away from or did to a structure: name -> 1 (summed over structures by whoever reads many)."""
 
 MAX_ATOMS = 100_000
-"""Of one structure: what announces or lists more is refused before memory is asked for."""
+"""Of one structure: what announces, lists or makes more by symmetry is refused before memory is asked for."""
+MAX_OPERATION_LENGTH = 100
+"""Characters of a symmetry operation such as "-x+1/2, y, z": pymatgen's time grows with the third power."""
+MAX_QUOTES = 1000
+"""Quotation marks in one line of a CIF, for the same reason."""
 MAX_LENGTH = 10_000.0
 """Angstrom, of a cell vector: longer ones are no crystals but numbers gone wrong."""
 MAX_FRAC_COORD = 1e6
@@ -56,7 +60,9 @@ class RawStructure:
 
 
 def printable(text: str, length: int) -> str:
-    """The text on one line that any file can hold: no control characters, no halves of surrogate pairs."""
+    """The text on one line that any file can hold: no control characters, no halves of surrogate pairs, not empty."""
+    if not text.strip():
+        return "(no name)"
     if len(text) > length:
         text = text[: length - 3] + "..."
     return text if text.isprintable() else "".join(c if c.isprintable() else "?" if c > " " else " " for c in text)
@@ -76,13 +82,13 @@ def parse(raw: RawStructure) -> tuple[Crystal, Changes]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what matters in them is checked here, and counted or raised
             crystal = _PARSERS[raw.format](raw, changes)
+            _check_size(crystal, raw)
     except CrystalError:
         raise
     except Exception as error:  # file readers raise anything at all on broken text
         first_line = (str(error).strip() or "no message").splitlines()[0]
         message = printable(f"{raw.origin}: {type(error).__name__}: {first_line}", 300)
         raise CrystalError("unparsable", message) from error
-    _check_size(crystal, raw)
     return crystal, changes
 
 
@@ -153,15 +159,14 @@ def _parse_cif(raw: RawStructure, changes: Changes) -> Crystal:
     from pymatgen.core import Composition
     from pymatgen.io.cif import CifFile, CifParser
 
-    block = next((b for b in CifFile.from_str(raw.payload).data.values() if "_cell_length_a" in b.data), None)
+    text = _cif_without_traps(raw)
+    block = next((b for b in CifFile.from_str(text).data.values() if "_cell_length_a" in b.data), None)
     if block is None:
         raise CrystalError(
             "no_structure", f"{raw.origin}: no CIF block with a cell (_cell_length_a): is the file cut off?"
         )
     data = block.data
-    _check_count(
-        max((len(v) for k, v in data.items() if k.startswith("_atom_site_") and isinstance(v, list)), default=0), raw
-    )
+    _check_symmetry(data, raw)
     for key in ("_length_a", "_length_b", "_length_c", "_angle_alpha", "_angle_beta", "_angle_gamma"):
         if re.search(r"nan|inf", str(data[f"_cell{key}"]), re.IGNORECASE):
             raise CrystalError("not_finite", f"{raw.origin}: _cell{key} is {data[f'_cell{key}']!r}: give a number")
@@ -185,7 +190,7 @@ def _parse_cif(raw: RawStructure, changes: Changes) -> Crystal:
         changes["zero_occupancy_sites_dropped"] = 1
     # Only symmetry operations need coordinates as exact as 1/3; in P1 they are kept as they stand.
     tolerance = 0.0 if _is_p1(data) else 1e-4
-    parser = CifParser.from_str(raw.payload, frac_tolerance=tolerance, check_cif=False)
+    parser = CifParser.from_str(text, frac_tolerance=tolerance, check_cif=False)
     try:
         structure = parser.parse_structures(primitive=False, on_error="raise")[0]
     except ValueError as error:
@@ -207,6 +212,31 @@ def _parse_cif(raw: RawStructure, changes: Changes) -> Crystal:
                 "the file is cut off or atoms (often H) are not listed",
             )
     return crystal
+
+
+def _cif_without_traps(raw: RawStructure) -> str:
+    """The text without what pymatgen's regular expressions take quadratic time for: blank lines, and many quotes."""
+    lines = [line for line in raw.payload.splitlines() if line.strip()]
+    quotes = max((line.count("'") + line.count('"') for line in lines), default=0)
+    if quotes > MAX_QUOTES:
+        raise CrystalError(
+            "unparsable", f"{raw.origin}: a line has {quotes} quotation marks, the limit is {MAX_QUOTES}"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _check_symmetry(data, raw: RawStructure) -> None:
+    """Operations that pymatgen could take hours for, or that make too many atoms of the listed ones."""
+    found = [value for key, value in data.items() if key.rstrip("_").endswith("xyz")]
+    operations = [op for value in found for op in (value if isinstance(value, list) else [value])]
+    longest = max(map(len, map(str, operations)), default=0)
+    if longest > MAX_OPERATION_LENGTH:
+        raise CrystalError(
+            "unparsable",
+            f"{raw.origin}: a symmetry operation has {longest} characters, the limit is {MAX_OPERATION_LENGTH}",
+        )
+    listed = [len(value) for key, value in data.items() if key.startswith("_atom_site_") and isinstance(value, list)]
+    _check_count(max(listed, default=0) * max(len(operations), 1), raw)
 
 
 def _is_p1(data) -> bool:
@@ -244,10 +274,16 @@ def _parse_extxyz(raw: RawStructure, changes: Changes) -> Crystal:
     lines = raw.payload.splitlines()
     columns = re.search(r'Properties="?([^\s"]+)', lines[1], re.IGNORECASE)
     index, names = 0, columns.group(1).split(":") if columns else ["species", "S", "1"]
-    for name, size in zip(names[::3], names[2::3], strict=True):
+    sizes = [int(size) for size in names[2::3]]
+    announced, there = sum(sizes), len(lines[2].split()) if len(lines) > 2 else 0
+    if min(sizes) < 1 or announced > there:  # ase makes as many columns as are announced
+        raise CrystalError(
+            "unparsable", f"{raw.origin}: Properties announces {announced} columns, the first atom has {there}"
+        )
+    for name, size in zip(names[::3], sizes, strict=True):
         if name.lower() in ("species", "symbols"):
             break
-        index += int(size)
+        index += size
     else:
         index = 0  # atomic numbers, or nothing that ase will take
     for number in range(2, len(lines)):

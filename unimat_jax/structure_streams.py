@@ -30,7 +30,7 @@ def too_large(name: str, limit: int | None = None) -> TooLarge:
     return TooLarge(f"{name} is larger than {mebibytes:g} MiB: is it one structure? Give many as CSV, JSON or extxyz")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class SourceFile:
     """A file on disk or inside a zip. `name`: as shown; `uid`: what a single structure in it is called."""
 

@@ -91,8 +91,15 @@ def scan_csv(file: SourceFile) -> Iterator[RawStructure]:
 def open_csv(file: SourceFile) -> tuple[list[str], Iterator[list[str]]]:
     """The column names and the rows. Raises TooLarge and csv.Error, also while the rows are read."""
     csv.field_size_limit(MAX_TEXT_BYTES)
-    reader = csv.reader(file.lines(newline=""))
-    return next(reader, []), (row for row in reader if row)
+
+    def rows() -> Iterator[list[str]]:
+        try:
+            yield from filter(None, csv.reader(file.lines(newline="")))
+        except csv.Error as error:
+            raise too_large(f"a cell of {file.name}") if "field limit" in str(error) else error from error
+
+    read = rows()
+    return next(read, []), read
 
 
 def _cell_of_table(file: SourceFile, index: int, value: Any, row: Mapping[str, Any], key: str) -> RawStructure:

@@ -10,7 +10,10 @@ from unimat_jax.structure_parsing import MAX_ATOMS, RawStructure, problem
 from unimat_jax.structure_streams import MAX_TEXT_BYTES, SourceFile, too_large
 from unimat_jax.structure_tables import split_columns, uid_of
 
-_INFO = re.compile(r'([A-Za-z_][\w.\-/]*)=("[^"]*"|\'[^\']*\'|\{[^}]*\}|\[[^\]]*\]|\S+)')
+MAX_COMMENT = 20_000
+"""Characters of an extended XYZ comment line: what looks for its fields can take quadratic time."""
+
+_INFO = re.compile(r'(?<![\w.\-/])([A-Za-z_][\w.\-/]*)=("[^"]*"|\'[^\']*\'|\{[^}]*\}|\[[^\]]*\]|\S+)')
 _DATA_LINE = re.compile(r"[ \t]*data_(\S*)", re.IGNORECASE)
 
 
@@ -64,6 +67,9 @@ def _frames(file: SourceFile) -> Iterator[RawStructure]:
             yield problem(uid, origin, "too_large", f"{origin} announces {size} atoms, the limit is {MAX_ATOMS}")
         elif characters > MAX_TEXT_BYTES:
             yield problem(uid, origin, "too_large", str(too_large(origin)))
+        elif body and len(body[0]) > MAX_COMMENT:
+            message = f"{origin}: the comment line has {len(body[0])} characters, the limit is {MAX_COMMENT}"
+            yield problem(uid, origin, "too_large", message)
         else:
             yield _frame(file, frame, first, body, size)
 
