@@ -123,6 +123,8 @@ COUNTS = [
     ("a.json", STRUCTURE.replace("3.905", "9" * 400, 1), "unparsable"),
     ("a.csv", "id,cif\n1,a,b,c\n", "unparsable"),
     ("a.csv", "id,cif\n1\n", "unparsable"),
+    ("a.csv", "id,cif\n", "empty_file"),
+    ("a.poscar", " \n", "empty_file"),
     ("a.db", "no database at all " * 100, "unreadable_file"),
     ("a.parquet", "PAR1" + "x" * 500 + "PAR1", "unreadable_file"),
     ("a.npz", "PK\x03\x04" + "x" * 500, "unreadable_file"),
@@ -282,6 +284,17 @@ def test_many_entries_without_a_structure_are_counted_each(monkeypatch, tmp_path
     assert reasons(tmp_path) == ["unreadable_file"] * 2  # no structure in it: one failure, of the file
     monkeypatch.setattr(structure_json, "MAX_UNDECIDED", 10)
     assert reasons(tmp_path) == (["no_structure"] * 30 + ["unreadable_file"]) * 2
+
+
+@pytest.mark.parametrize("line", ["no JSON", "[]", "7", '{"uid": "a"}'])
+def test_a_broken_manifest_does_not_end_the_run(line, tmp_path):
+    (tmp_path / "generated_crystals.extxyz").write_text(EXTXYZ)
+    failure = '{"uid": "g1", "status": "no_atoms", "message": "no slot"}\n'
+    (tmp_path / "manifest.jsonl").write_text(failure + line + "\n")
+    assert reasons(tmp_path) == ["kept", "no_atoms", "unreadable_file"]
+    (tmp_path / "generated_crystals.extxyz").write_text("")
+    (tmp_path / "manifest.jsonl").write_text(failure)
+    assert reasons(tmp_path) == ["no_atoms"]
 
 
 def _peak(path: Path) -> tuple[int, int]:

@@ -129,17 +129,25 @@ def _scan_directory(path: Path) -> Iterator[RawStructure]:
 def _scan_generated(directory: Path) -> Iterator[RawStructure]:
     """The crystals of an output directory of `unimat generate` or MatterGen, each once, all frames; ours also tells of
     the samples that are none."""
-    for name, reader in ((GENERATED, texts.scan_extxyz), (MANIFEST, _scan_manifest)):
-        path = directory / name
-        if path.is_file():
-            yield from _read(SourceFile(name, name, functools.partial(open, path, "rb"), path), reader)
+
+    def crystals_and_failures(file: SourceFile) -> Iterator[RawStructure]:
+        yield from texts.scan_extxyz(file)
+        manifest = directory / MANIFEST
+        if manifest.is_file():
+            yield from _scan_manifest(SourceFile(MANIFEST, MANIFEST, functools.partial(open, manifest, "rb"), manifest))
+
+    path = directory / GENERATED
+    return _read(SourceFile(GENERATED, GENERATED, functools.partial(open, path, "rb"), path), crystals_and_failures)
 
 
 def _scan_manifest(file: SourceFile) -> Iterator[RawStructure]:
-    for line in file.lines():
-        row = json.loads(line)
-        if "formula" not in row:
-            yield problem(row["uid"], MANIFEST, row["status"], row["message"])
+    for number, line in enumerate(file.lines(), 1):
+        try:
+            row = json.loads(line)
+            if "formula" not in row:
+                yield problem(row["uid"], MANIFEST, row["status"], row["message"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{MANIFEST}: line {number} is no row of a manifest ({error!r})") from error
 
 
 def read_structures(path: str | Path) -> Iterator[Crystal | Failure]:
@@ -198,6 +206,8 @@ def _read(
         for raw in _refuse_pointer(file) or reader(file):
             found = True
             yield raw
+        if not found:
+            yield problem(file.uid, file.name, "empty_file", f"{file.name} is empty")
     except Exception as error:  # decoders and readers of broken files raise anything at all
         if isinstance(error, UserError | TooLarge):
             message = str(error)

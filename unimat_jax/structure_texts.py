@@ -19,12 +19,8 @@ _DATA_LINE = re.compile(r"[ \t]*data_(\S*)", re.IGNORECASE)
 
 def scan_extxyz(file: SourceFile) -> Iterator[RawStructure]:
     """Extended XYZ with any number of frames; numbers of the comment line become columns."""
-    empty = True
     for raw, alone in _alone(_frames(file)):
-        empty = False
         yield dataclasses.replace(raw, uid=file.uid) if alone and raw.uid == f"{file.uid}-0" else raw
-    if empty:
-        yield problem(file.uid, file.name, "empty_file", f"{file.name} is empty")
 
 
 def _alone(structures: Iterator[RawStructure]) -> Iterator[tuple[RawStructure, bool]]:
@@ -105,8 +101,6 @@ def scan_cif(file: SourceFile) -> Iterator[RawStructure]:
         yield dataclasses.replace(raw, uid=file.uid, origin=file.name) if alone else raw
     if empty and without_cell.strip():
         yield RawStructure(file.uid, file.name, "cif", without_cell)
-    elif empty:
-        yield problem(file.uid, file.name, "empty_file", f"{file.name} is empty")
 
 
 def _blocks(file: SourceFile) -> Iterator[str]:
@@ -127,8 +121,5 @@ def _blocks(file: SourceFile) -> Iterator[str]:
 
 
 def scan_poscar(file: SourceFile) -> Iterator[RawStructure]:
-    text = file.text()
-    if not text.strip():
-        yield problem(file.uid, file.name, "empty_file", f"{file.name} is empty")
-        return
-    yield RawStructure(file.uid, file.name, "poscar", text)
+    if (text := file.text()).strip():
+        yield RawStructure(file.uid, file.name, "poscar", text)
