@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def fuzz(number: int, seed: int, *, num_workers: int, time_limit: float, damages: int | None = None) -> dict[str, Any]:
-    """Counts by format, and each bug with its file's number. damages: None draws 1 to 4 for each file, 1 for half of them."""
+    """Counts by format, and each bug with its file's number. damages: for each file; None draws 1 to 4, mostly 1."""
     (path,) = source_files("starter", None).values()
     crystals = [c for c in read_structures(path) if isinstance(c, Crystal) and c.num_atoms <= 12]
     kinds = sorted(FORMATS)

@@ -1,7 +1,7 @@
 """Reader of pymatgen JSON, one entry in memory at a time.
 
-The standard library decodes one value after another out of a window on the stream. Unlike streaming parsers it takes
-the NaN that Python writes, and it is faster: see benchmarks/README.md.
+The standard library decodes one value after another out of a window on the stream. The streaming parser ijson refuses
+the NaN that Python and pymatgen write, and takes longer.
 """
 
 from __future__ import annotations
