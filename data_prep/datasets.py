@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from data_prep.gnome import ARCHIVE, SUMMARY, scan_gnome
+from data_prep.gnome import COLUMNS as GNOME_COLUMNS
 from unimat_jax.errors import UserError
 from unimat_jax.structure_files import RawStructure, scan
 
@@ -25,13 +27,16 @@ class Column:
 
 @dataclasses.dataclass(frozen=True)
 class DataSet:
-    """columns: None keeps every numeric column of the source, else only these."""
+    """columns: None keeps every numeric column of the source, else only these. download: where the source is got from.
+    files: a regular expression for the names of the source's files; "" for those of one split each."""
 
     description: str
     citation: str = ""
     licence: str = ""
     columns: dict[str, Column] | None = None
     notes: tuple[str, ...] = ()
+    download: str = ""
+    files: str = ""
 
 
 _MP_ENERGY = Column("eV/atom", "PBE, PBE+U for some oxides and fluorides", "Materials Project legacy (before MP2020)")
@@ -45,6 +50,48 @@ _MP_CITATION = """@article{jain2013materialsproject, title={Commentary: The Mate
 author={Jain, Anubhav and others}, journal={APL Materials}, volume={1}, pages={011002}, year={2013}}"""
 _CDVAE_CITATION = """@inproceedings{xie2022crystal, title={Crystal Diffusion Variational Autoencoder for Periodic
 Material Generation}, author={Xie, Tian and others}, booktitle={ICLR}, year={2022}}"""
+_GNOME_ENERGY = Column("eV/atom", "PBE", "MP2020")
+_GNOME_CITATION = """@article{merchant2023scaling, title={Scaling deep learning for materials discovery},
+author={Merchant, Amil and Batzner, Simon and Schoenholz, Samuel S. and Aykol, Muratahan and Cheon, Gowoon and
+Cubuk, Ekin Dogus}, journal={Nature}, year={2023}, doi={10.1038/s41586-023-06735-9}}"""
+_MATTERGEN_CITATION = """@article{zeni2025generative, title={A generative model for inorganic materials design},
+author={Zeni, Claudio and others}, journal={Nature}, year={2025}, doi={10.1038/s41586-025-08628-5}}"""
+_ALEXANDRIA_CITATION = """@article{schmidt2023machine, title={Machine-Learning-Assisted Determination of the Global
+Zero-Temperature Phase Diagram of Materials}, author={Schmidt, Jonathan and others}, journal={Advanced Materials},
+year={2023}, doi={10.1002/adma.202210788}}"""
+_MATTERGEN_COLUMNS = {
+    "energy_above_hull": Column("eV/atom", "PBE", "unknown"),
+    "formation_energy_per_atom": Column("eV/atom", "PBE", "unknown"),
+    "dft_band_gap": Column("eV", "PBE"),
+    "dft_mag_density": Column("1/A^3", "PBE"),
+    "dft_bulk_modulus": Column("GPa", "PBE"),
+    "dft_shear_modulus": Column("GPa", "PBE"),
+    "ml_bulk_modulus": Column("GPa"),
+    "hhi_score": Column("1"),
+}
+_CDVAE_DOWNLOAD = "the folder of the same name in data/ of https://github.com/txie-93/cdvae"
+
+
+def _alexandria(functional: str, folder: str, infix: str) -> DataSet:
+    energy = Column("eV/atom", functional, "unknown: see correction and energy_corrected of each entry")
+    return DataSet(
+        f"Alexandria: relaxed crystals, {functional}, as entries of pymatgen.",
+        _ALEXANDRIA_CITATION,
+        "CC-BY 4.0: the Alexandria database (Schmidt, Marques, Botti et al.)",
+        {
+            "e_form": energy,
+            "e_above_hull": energy,
+            "e_phase_separation": energy,
+            "band_gap_ind": Column("eV", functional),
+            "band_gap_dir": Column("eV", functional),
+            "total_mag": Column("Bohr magnetons in the cell", functional),
+            "dos_ef": Column("states/eV in the cell", functional),
+        },
+        download=f"alexandria{infix}_*.json.bz2 from https://alexandria.icams.rub.de/data/{folder}/",
+        files=rf"alexandria{infix}_\d+\.json(\.bz2|\.gz)?",
+    )
+
+
 _CASTELLI = "RPBE (GPAW)"
 _CASTELLI_HULL = "relative to a pool of competing phases, oxygen from water vapour (Castelli et al. 2012)"
 
@@ -71,8 +118,26 @@ DATASETS = {
         "MP-20: Materials Project crystals with at most 20 atoms in the cell, in CDVAE's splits.",
         _CDVAE_CITATION,
         "CC-BY 4.0: the Materials Project",
-        _MP_COLUMNS,
+        _MATTERGEN_COLUMNS | _MP_COLUMNS,
+        download=_CDVAE_DOWNLOAD,
     ),
+    "alex_mp_20": DataSet(
+        "Alex-MP-20: Alexandria and MP-20, at most 20 atoms, at most 0.1 eV/atom above the hull (MatterGen).",
+        _MATTERGEN_CITATION,
+        "CC-BY 4.0: Schmidt et al., Materials Cloud 2022.126, and the Materials Project; through MatterGen (MIT)",
+        _MATTERGEN_COLUMNS,
+        download="data-release/alex-mp/alex_mp_20.zip of https://github.com/microsoft/mattergen (git-lfs), unzipped",
+    ),
+    "gnome": DataSet(
+        "GNoME: crystals at most 1 meV/atom above the hull of the Materials Project and others (Merchant et al. 2023).",
+        _GNOME_CITATION,
+        "CC BY-NC 4.0 (no commercial use): Graph Networks for Materials Exploration Database, Google LLC (2023)",
+        {name: Column("eV", "PBE") if name == "band_gap" else _GNOME_ENERGY for name in GNOME_COLUMNS.values()},
+        download=f"{SUMMARY} and {ARCHIVE} of https://storage.googleapis.com/gdm_materials_discovery/gnome_data/",
+    ),
+    "alexandria": _alexandria("PBE", "pbe", ""),
+    "alexandria_pbesol": _alexandria("PBEsol", "pbesol", "_ps"),
+    "alexandria_scan": _alexandria("SCAN", "scan", "_scan"),
     "mpts_52": DataSet(
         "MPTS-52: Materials Project crystals with at most 52 atoms in the cell, split by the year of their report.",
         _MP_CITATION,
@@ -110,13 +175,24 @@ def source_files(dataset: str, source: str | None) -> dict[str, Path]:
     if source is None:
         raise UserError(f"--dataset={dataset} needs --source: the directory or file with the crystals")
     path = Path(source)
+    known = DATASETS[dataset]
+    where = f": get {known.download}" if known.download else ""
     if not path.exists():
-        raise UserError(f"--source={source} does not exist")
+        raise UserError(f"--source={source} does not exist{where}")
     if dataset == "crystals":
         return {"": path}
+    if dataset == "gnome":
+        missing = [name for name in (SUMMARY, ARCHIVE) if not (path / name).is_file()]
+        if missing:
+            raise UserError(f"--source={source} lacks {' and '.join(missing)}{where}")
+        return {"": path}
+    if known.files:
+        return {"": _of_one_kind(dataset, path, where)}
     if not path.is_dir():
+        unzip = ": unzip it first" if path.suffix == ".zip" else ""
         raise UserError(
-            f"--source={source} is a file: --dataset={dataset} needs the directory with train.csv, val.csv, test.csv"
+            f"--source={source} is a file{unzip}: --dataset={dataset} needs the directory with train.csv, val.csv, "
+            f"test.csv{where}"
         )
     found = {}
     for split, stems in _SPLIT_FILES.items():
@@ -126,11 +202,29 @@ def source_files(dataset: str, source: str | None) -> dict[str, Path]:
         if file:
             found[split] = file
     if not found:
-        held = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
         raise UserError(
-            f"--source={source} holds {held}: --dataset={dataset} needs train / val / test as .csv, .npz or .parquet"
+            f"--source={source} holds {_held(path)}: --dataset={dataset} needs train / val / test as .csv, .npz or "
+            f".parquet{where}"
         )
     return found
+
+
+def _of_one_kind(dataset: str, path: Path, where: str) -> Path:
+    """The path, where all that it holds of Alexandria is of this data set: other functionals are other energies."""
+    names = [path.name] if path.is_file() else [p.name for p in path.iterdir()]
+    if not any(re.fullmatch(DATASETS[dataset].files, name) for name in names):
+        held = path.name if path.is_file() else _held(path)
+        raise UserError(f"--source={path} holds {held}: --dataset={dataset} needs other files{where}")
+    others = [n for n in names if n.startswith("alexandria") and not re.fullmatch(DATASETS[dataset].files, n)]
+    if others:
+        raise UserError(
+            f"--source={path} holds {others[0]} too, which is not of --dataset={dataset}: put it in another directory"
+        )
+    return path
+
+
+def _held(path: Path) -> str:
+    return ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
 
 
 def notes_of(dataset: str, files: dict[str, Path]) -> list[str]:
@@ -143,7 +237,7 @@ def notes_of(dataset: str, files: dict[str, Path]) -> list[str]:
 def scan_all(files: dict[str, Path]) -> Iterator[tuple[str, RawStructure]]:
     """(split, raw structure) of every file, in order."""
     for split, path in files.items():
-        for raw in scan(path):
+        for raw in scan_gnome(path) if (path / SUMMARY).is_file() else scan(path):
             yield split, raw
 
 

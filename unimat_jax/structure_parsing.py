@@ -21,6 +21,18 @@ from unimat_jax.periodic_table import SYMBOLS
 Changes = Counter
 """What reading took away from or did to a structure: name -> 1 (summed over structures by whoever reads many)."""
 
+MAX_ATOMS = 100_000
+"""Of one structure: what announces, lists or makes more by symmetry is refused before memory is asked for."""
+MAX_OPERATION_LENGTH = 100
+"""Characters of a symmetry operation such as "-x+1/2, y, z": pymatgen's time grows with the third power."""
+MAX_QUOTES = 1000
+"""Quotation marks in one line of a CIF, for the same reason."""
+MAX_LENGTH = 10_000.0
+"""Angstrom, of a cell vector: longer ones are no crystals but numbers gone wrong."""
+MAX_FRAC_COORD = 1e6
+"""Cells away from the origin: from there on float64 loses the coordinate inside the cell."""
+MAX_NAME_LENGTH = 500
+
 _NUMBER_OF = {symbol: z for z, symbol in enumerate(SYMBOLS) if z}
 _ISOTOPES = ("D", "T")
 _WATER_LIKE = {"Hw", "Ow", "Wat", "wat", "OH", "OH2"}  # CIF labels of real atoms that pymatgen knows
@@ -42,26 +54,59 @@ class RawStructure:
     properties: dict[str, float] = dataclasses.field(default_factory=dict)
     texts: dict[str, str] = dataclasses.field(default_factory=dict)
 
+    def __post_init__(self):
+        for name in ("uid", "origin"):
+            object.__setattr__(self, name, printable(str(getattr(self, name)), MAX_NAME_LENGTH))
+
+
+def printable(text: str, length: int) -> str:
+    """The text on one line that any file can hold: no control characters, no halves of surrogate pairs, not empty."""
+    if not text.strip():
+        return "(no name)"
+    if len(text) > length:
+        text = text[: length - 3] + "..."
+    return text if text.isprintable() else "".join(c if c.isprintable() else "?" if c > " " else " " for c in text)
+
 
 def problem(uid: str, origin: str, reason: str, message: str) -> RawStructure:
     """A structure that already failed when it was looked for; `parse` raises it."""
-    return RawStructure(uid, origin, "problem", (reason, message))
+    return RawStructure(uid, origin, "problem", (reason, printable(message, 1000)))
 
 
 def parse(raw: RawStructure) -> tuple[Crystal, Changes]:
     """The crystal and what was changed. Raises CrystalError: `unparsable`, `disordered`, `bad_element`, `not_finite`,
-    `formula_mismatch`, `no_atoms`, `not_periodic`, `cell_degenerate`, `empty_file` and the reasons of a `problem`."""
+    `formula_mismatch`, `no_atoms`, `not_periodic`, `cell_degenerate`, `cell_too_large`, `coordinates_too_large`,
+    `too_large` and the reasons of a `problem`."""
     changes: Changes = Counter()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what matters in them is checked here, and counted or raised
             crystal = _PARSERS[raw.format](raw, changes)
+            _check_size(crystal, raw)
     except CrystalError:
         raise
     except Exception as error:  # file readers raise anything at all on broken text
-        first_line = (str(error).strip() or "no message").splitlines()[0][:200]
-        raise CrystalError("unparsable", f"{raw.origin}: {type(error).__name__}: {first_line}") from error
+        first_line = (str(error).strip() or "no message").splitlines()[0]
+        message = printable(f"{raw.origin}: {type(error).__name__}: {first_line}", 300)
+        raise CrystalError("unparsable", message) from error
     return crystal, changes
+
+
+def _check_size(crystal: Crystal, raw: RawStructure) -> None:
+    if crystal.lengths.max() > MAX_LENGTH:
+        longest = f"{crystal.lengths.max():.3g}"
+        raise CrystalError("cell_too_large", f"{raw.origin}: a cell vector is {longest} A long, limit {MAX_LENGTH:g}")
+    if np.abs(crystal.frac_coords).max() > MAX_FRAC_COORD:
+        farthest = f"{np.abs(crystal.frac_coords).max():.3g}"
+        raise CrystalError(
+            "coordinates_too_large",
+            f"{raw.origin}: an atom is {farthest} cells away from the origin, the limit is {MAX_FRAC_COORD:g}",
+        )
+
+
+def _check_count(number: int, raw: RawStructure) -> None:
+    if number > MAX_ATOMS:
+        raise CrystalError("too_large", f"{raw.origin} has {number} atoms, the limit is {MAX_ATOMS}")
 
 
 def _symbol(text: str, raw: RawStructure, changes: Changes) -> str:
@@ -114,12 +159,14 @@ def _parse_cif(raw: RawStructure, changes: Changes) -> Crystal:
     from pymatgen.core import Composition
     from pymatgen.io.cif import CifFile, CifParser
 
-    block = next((b for b in CifFile.from_str(raw.payload).data.values() if "_cell_length_a" in b.data), None)
+    text = _cif_without_traps(raw)
+    block = next((b for b in CifFile.from_str(text).data.values() if "_cell_length_a" in b.data), None)
     if block is None:
         raise CrystalError(
             "no_structure", f"{raw.origin}: no CIF block with a cell (_cell_length_a): is the file cut off?"
         )
     data = block.data
+    _check_symmetry(data, raw)
     for key in ("_length_a", "_length_b", "_length_c", "_angle_alpha", "_angle_beta", "_angle_gamma"):
         if re.search(r"nan|inf", str(data[f"_cell{key}"]), re.IGNORECASE):
             raise CrystalError("not_finite", f"{raw.origin}: _cell{key} is {data[f'_cell{key}']!r}: give a number")
@@ -143,7 +190,7 @@ def _parse_cif(raw: RawStructure, changes: Changes) -> Crystal:
         changes["zero_occupancy_sites_dropped"] = 1
     # Only symmetry operations need coordinates as exact as 1/3; in P1 they are kept as they stand.
     tolerance = 0.0 if _is_p1(data) else 1e-4
-    parser = CifParser.from_str(raw.payload, frac_tolerance=tolerance, check_cif=False)
+    parser = CifParser.from_str(text, frac_tolerance=tolerance, check_cif=False)
     try:
         structure = parser.parse_structures(primitive=False, on_error="raise")[0]
     except ValueError as error:
@@ -167,6 +214,31 @@ def _parse_cif(raw: RawStructure, changes: Changes) -> Crystal:
     return crystal
 
 
+def _cif_without_traps(raw: RawStructure) -> str:
+    """The text without what pymatgen's regular expressions take quadratic time for: blank lines, and many quotes."""
+    lines = [line for line in raw.payload.splitlines() if line.strip()]
+    quotes = max((line.count("'") + line.count('"') for line in lines), default=0)
+    if quotes > MAX_QUOTES:
+        raise CrystalError(
+            "unparsable", f"{raw.origin}: a line has {quotes} quotation marks, the limit is {MAX_QUOTES}"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _check_symmetry(data, raw: RawStructure) -> None:
+    """Operations that pymatgen could take hours for, or that make too many atoms of the listed ones."""
+    found = [value for key, value in data.items() if key.rstrip("_").endswith("xyz")]
+    operations = [op for value in found for op in (value if isinstance(value, list) else [value])]
+    longest = max(map(len, map(str, operations)), default=0)
+    if longest > MAX_OPERATION_LENGTH:
+        raise CrystalError(
+            "unparsable",
+            f"{raw.origin}: a symmetry operation has {longest} characters, the limit is {MAX_OPERATION_LENGTH}",
+        )
+    listed = [len(value) for key, value in data.items() if key.startswith("_atom_site_") and isinstance(value, list)]
+    _check_count(max(listed, default=0) * max(len(operations), 1), raw)
+
+
 def _is_p1(data) -> bool:
     for key in ("_symmetry_equiv_pos_as_xyz", "_space_group_symop_operation_xyz", "_space_group_symop.operation_xyz"):
         if key in data:
@@ -188,6 +260,8 @@ def _parse_poscar(raw: RawStructure, changes: Changes) -> Crystal:
         # pymatgen would take H, He, Li, ... for a VASP 4 file without symbols.
         raise CrystalError("no_symbols", f"{raw.origin}: POSCAR without element symbols on line 6: write them there")
     # "Fe_pv" and "Fe/0ab3" name potentials.
+    counts = re.findall(r"\d+", re.sub(r"[!#].*", "", lines[6]), re.ASCII)
+    _check_count(sum(int(count[:18]) for count in counts), raw)
     clean = [_symbol(re.split(r"[_/]", s)[0], raw, changes) for s in symbols]
     lines[5] = " ".join(clean)
     poscar = Poscar.from_str("\n".join(lines) + "\n", read_velocities=False)
@@ -200,10 +274,16 @@ def _parse_extxyz(raw: RawStructure, changes: Changes) -> Crystal:
     lines = raw.payload.splitlines()
     columns = re.search(r'Properties="?([^\s"]+)', lines[1], re.IGNORECASE)
     index, names = 0, columns.group(1).split(":") if columns else ["species", "S", "1"]
-    for name, size in zip(names[::3], names[2::3], strict=True):
+    sizes = [int(size) for size in names[2::3]]
+    announced, there = sum(sizes), len(lines[2].split()) if len(lines) > 2 else 0
+    if min(sizes) < 1 or announced > there:  # ase makes as many columns as are announced
+        raise CrystalError(
+            "unparsable", f"{raw.origin}: Properties announces {announced} columns, the first atom has {there}"
+        )
+    for name, size in zip(names[::3], sizes, strict=True):
         if name.lower() in ("species", "symbols"):
             break
-        index += int(size)
+        index += size
     else:
         index = 0  # atomic numbers, or nothing that ase will take
     for number in range(2, len(lines)):
@@ -238,6 +318,7 @@ def _parse_pymatgen(raw: RawStructure, changes: Changes) -> Crystal:
         raise CrystalError("no_structure", f"{raw.origin}: no pymatgen Structure in it (keys 'lattice' and 'sites')")
     if not np.isfinite(np.asarray(data["lattice"].get("matrix", 0.0), np.float64)).all():
         raise CrystalError("not_finite", f"{raw.origin}: the lattice is NaN or infinite")
+    _check_count(len(data["sites"]), raw)
     for site in data["sites"]:
         for species in site.get("species", ()):
             _symbol(str(species["element"]), raw, changes)

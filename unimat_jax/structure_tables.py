@@ -1,67 +1,37 @@
-"""Readers of tables of structures: CSV, JSON, Parquet, ASE database and npz.
+"""Readers of tables of structures: CSV, Parquet, ASE database and npz.
 
-Each takes a `SourceFile` and yields RawStructures, lazily where the format allows. UserError names what the file has
-and what it should have.
+Each takes a `SourceFile` and yields RawStructures, a row at a time except for npz. UserError names what the file has
+and what it should have. Nothing is unpickled.
 """
 
 from __future__ import annotations
 
-import bz2
-import contextlib
 import csv
-import dataclasses
-import gzip
 import io
 import json
-import math
-import re
-import sys
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
-from typing import IO, Any
+import zipfile
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 
 from unimat_jax.errors import UserError
 from unimat_jax.structure_parsing import RawStructure, problem
+from unimat_jax.structure_streams import MAX_ARRAYS_BYTES, MAX_TEXT_BYTES, SourceFile, TooLarge, too_large
 
+ROWS_AT_ONCE = 256
+"""Rows of a Parquet file or an ASE database in memory."""
 ID_COLUMNS = ("material_id", "uid", "id", "mat_id", "immutable_id", "entry_id", "task_id")
 """Columns that name a structure, the first one present wins."""
+_FLOAT32_MAX = float(np.finfo(np.float32).max)
 _MISSING = {"", "nan", "none", "null", "n/a", "na", "-"}
 
 
-@dataclasses.dataclass(frozen=True)
-class SourceFile:
-    """A file on disk or inside a zip. `name`: as shown; `uid`: what a single structure in it is called."""
-
-    name: str
-    uid: str
-    open: Callable[[], IO[bytes]]
-    path: Path | None = None
-
-    @contextlib.contextmanager
-    def binary(self) -> Iterator[IO[bytes]]:
-        """The decompressed content as a stream."""
-        with self.open() as stream:
-            if self.name.lower().endswith(".gz"):
-                with gzip.GzipFile(fileobj=stream) as unzipped:
-                    yield unzipped  # type: ignore[misc]
-            elif self.name.lower().endswith(".bz2"):
-                with bz2.BZ2File(stream) as unzipped:
-                    yield unzipped
-            else:
-                yield stream
-
-    def read(self) -> bytes:
-        with self.binary() as stream:
-            return stream.read()
-
-    def text(self) -> str:
-        return self.read().decode("utf-8", errors="replace")
-
-
 def split_columns(row: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, str]]:
-    """The numeric columns of a row (missing values left out) and the text columns; lists and objects are ignored."""
+    """The numeric columns of a row (missing values left out) and the text columns; lists and objects are ignored.
+
+    A number that float32 cannot hold is text, so that the report counts it.
+    """
     numbers: dict[str, float] = {}
     texts: dict[str, str] = {}
     for name, value in row.items():
@@ -70,15 +40,28 @@ def split_columns(row: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, s
         if isinstance(value, str):
             if value.strip().lower() in _MISSING:
                 continue
-            try:
-                numbers[name] = float(value)
-            except ValueError:
-                texts[name] = value[:200]
+            number = _float32(value) if "_" not in value else None  # Python reads "1_0" as 10
         elif isinstance(value, bool | np.bool_):
-            texts[name] = str(value)
-        elif isinstance(value, int | float | np.number) and not math.isnan(value):
-            numbers[name] = float(value)
+            number = None
+        elif isinstance(value, int | float | np.number):
+            number = _float32(value)
+            if number is None and value != value:
+                continue
+        else:
+            continue
+        if number is None:
+            texts[name] = str(value)[:200] if not isinstance(value, int) or isinstance(value, bool) else "a huge number"
+        else:
+            numbers[name] = number
     return numbers, texts
+
+
+def _float32(value: Any) -> float | None:
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        return None
+    return number if abs(number) <= _FLOAT32_MAX else None
 
 
 def uid_of(row: Mapping[str, Any], fallback: str) -> str:
@@ -87,19 +70,36 @@ def uid_of(row: Mapping[str, Any], fallback: str) -> str:
 
 def scan_csv(file: SourceFile) -> Iterator[RawStructure]:
     """CSV with a `cif` column (the CDVAE layout) or a `structure` column of pymatgen JSON."""
-    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-    with file.binary() as stream:
-        reader = csv.DictReader(io.TextIOWrapper(stream, encoding="utf-8-sig", errors="replace", newline=""))
-        columns = reader.fieldnames or []
-        if "cif" not in columns and "structure" not in columns:
-            found = ", ".join(c or "(unnamed)" for c in columns) or "none"
-            raise UserError(
-                f"{file.name} has no 'cif' column (columns: {found}): rename the column that holds the CIF texts"
-            )
-        key = "cif" if "cif" in columns else "structure"
-        for index, row in enumerate(reader):
-            skip = (key, "cif.conv", None)
-            yield _cell_of_table(file, index, row[key], {k: v for k, v in row.items() if k not in skip}, key)
+    header, rows = open_csv(file)
+    key = "cif" if "cif" in header else "structure"
+    if key not in header:
+        found = ", ".join(c or "(unnamed)" for c in header) or "none"
+        raise UserError(
+            f"{file.name} has no 'cif' column (columns: {found}): rename the column that holds the CIF texts"
+        )
+    for index, cells in enumerate(rows):
+        if len(cells) != len(header):
+            uid, origin = f"{file.uid}-{index}", f"{file.name}:row {index}"
+            message = f"{origin} has {len(cells)} cells, the header {len(header)}: is the file cut off?"
+            yield problem(uid, origin, "unparsable", message)
+            continue
+        row = dict(zip(header, cells, strict=True))
+        others = {k: v for k, v in row.items() if k not in (key, "cif.conv")}
+        yield _cell_of_table(file, index, row[key], others, key)
+
+
+def open_csv(file: SourceFile) -> tuple[list[str], Iterator[list[str]]]:
+    """The column names and the rows. Raises TooLarge and csv.Error, also while the rows are read."""
+    csv.field_size_limit(MAX_TEXT_BYTES)
+
+    def rows() -> Iterator[list[str]]:
+        try:
+            yield from filter(None, csv.reader(file.lines(newline="")))
+        except csv.Error as error:
+            raise too_large(f"a cell of {file.name}") if "field limit" in str(error) else error from error
+
+    read = rows()
+    return next(read, []), read
 
 
 def _cell_of_table(file: SourceFile, index: int, value: Any, row: Mapping[str, Any], key: str) -> RawStructure:
@@ -107,12 +107,14 @@ def _cell_of_table(file: SourceFile, index: int, value: Any, row: Mapping[str, A
     numbers, texts = split_columns(row)
     if value is None or (isinstance(value, str) and not value.strip()):
         return problem(uid, origin, "no_structure", f"{origin}: the {key!r} cell is empty")
+    if isinstance(value, str | bytes) and len(value) > MAX_TEXT_BYTES:
+        return problem(uid, origin, "too_large", str(too_large(f"the {key!r} cell of {origin}")))
     if key == "cif":
         return RawStructure(uid, origin, "cif", str(value), numbers, texts)
     if isinstance(value, str):
         try:
             value = json.loads(value)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             return problem(uid, origin, "unparsable", f"{origin}: the 'structure' cell is no JSON: {error}")
     return RawStructure(uid, origin, "pymatgen", value, numbers, texts)
 
@@ -130,7 +132,8 @@ def scan_parquet(file: SourceFile) -> Iterator[RawStructure]:
     """Parquet with a `cif`, a `structure` (pymatgen JSON or struct) or numbers / frac_coords / lattice columns."""
     import pyarrow.parquet
 
-    table = pyarrow.parquet.ParquetFile(file.path if file.path else io.BytesIO(file.read()))
+    content = file.path if file.path else io.BytesIO(file.read(MAX_ARRAYS_BYTES))
+    table = pyarrow.parquet.ParquetFile(content, pre_buffer=False)  # pre_buffer holds a whole row group
     columns = table.schema_arrow.names
     key = next((k for k in ("cif", "structure") if k in columns), None)
     names = {part: next((c for c in choices if c in columns), None) for part, choices in _NAMES.items()}
@@ -146,7 +149,7 @@ def scan_parquet(file: SourceFile) -> Iterator[RawStructure]:
                 "JSON, or 'numbers', 'frac_coords' and 'lattice'"
             )
     index = 0
-    for batch in table.iter_batches(batch_size=1024):
+    for batch in table.iter_batches(batch_size=ROWS_AT_ONCE):
         for row in batch.to_pylist():
             if key:
                 others = {k: v for k, v in row.items() if k not in (key, "cif.conv")}
@@ -161,90 +164,38 @@ def scan_parquet(file: SourceFile) -> Iterator[RawStructure]:
             index += 1
 
 
-def scan_json(file: SourceFile) -> Iterator[RawStructure]:
-    """pymatgen JSON: a Structure, a list of Structures or entries, an object id -> either, or a table with columns."""
-    try:
-        if re.search(r"\.jsonl(\.|$)", file.name.lower()):
-            content: Any = [json.loads(line) for line in file.text().splitlines() if line.strip()]
-        else:
-            content = json.loads(file.text())
-    except ValueError as error:
-        raise UserError(f"{file.name} is no valid JSON ({error}): is the file cut off?") from error
-    if isinstance(content, dict) and {"columns", "data"} <= content.keys():  # pandas orient="split", as matbench has it
-        ids = content.get("index", range(len(content["data"])))
-        content = {
-            str(i): dict(zip(content["columns"], row, strict=True)) for i, row in zip(ids, content["data"], strict=True)
-        }
-    if isinstance(content, dict) and ("sites" in content or "structure" in content):
-        content = {file.uid: content}
-    if isinstance(content, dict):
-        items = [(str(key), f"{file.name}:{key}", value) for key, value in content.items() if not key.startswith("@")]
-    elif isinstance(content, list):
-        items = [(f"{file.uid}-{i}", f"{file.name}:{i}", value) for i, value in enumerate(content)]
-    else:
-        raise UserError(
-            f"{file.name} holds a {type(content).__name__}: give a list or an object of pymatgen Structures"
-        )
-    found = []
-    for uid, origin, value in items:
-        structures = value.get("structure") if isinstance(value, dict) else None
-        if isinstance(structures, list):  # columns of equal length under one key
-            for i in range(len(structures)):
-                row = {k: v[i] if isinstance(v, list) and len(v) == len(structures) else v for k, v in value.items()}
-                found.append(_json_entry(f"{uid}-{i}", f"{origin}:{i}", row, keyed=True))
-        else:
-            found.append(_json_entry(uid, origin, value, keyed=isinstance(content, dict)))
-    if all(raw.format == "problem" for raw in found):
-        reason = found[0].payload[1] if found else f"{file.name} is empty"
-        raise UserError(f"{file.name} holds no pymatgen Structure: {reason}")
-    yield from found
-
-
-def _json_entry(uid: str, origin: str, value: Any, keyed: bool) -> RawStructure:
-    if not isinstance(value, dict):
-        return problem(uid, origin, "no_structure", f"{origin} is a {type(value).__name__}, not a structure")
-    structure = value if "sites" in value else value.get("structure")
-    if isinstance(structure, str):
-        try:
-            structure = json.loads(structure)
-        except ValueError:
-            structure = None
-    if not isinstance(structure, dict):
-        keys = ", ".join(list(value)[:8])
-        return problem(uid, origin, "no_structure", f"{origin} has no pymatgen Structure (keys: {keys})")
-    if structure is value:
-        return RawStructure(uid, origin, "pymatgen", value)
-    row = {k: v for k, v in value.items() if k != "structure"}
-    for nested in ("data", "parameters"):  # a ComputedStructureEntry's own columns
-        if isinstance(value.get(nested), dict):
-            row = {**value[nested], **row}
-    uid = uid if keyed else uid_of(row, uid)
-    row = {
-        k: v
-        for k, v in row.items()
-        if not k.startswith("@") and not (k == "correction" and "energy_adjustments" in row)
-    }
-    return RawStructure(uid, origin, "pymatgen", structure, *split_columns(row))
-
-
 def scan_npz(file: SourceFile) -> Iterator[RawStructure]:
-    """npz with `n_atoms`, `numbers`, `frac_coords`, `lattice` and arrays by name, one value a structure."""
+    """npz with `n_atoms`, `numbers`, `frac_coords`, `lattice` and arrays by name, one value a structure.
+
+    The arrays are in memory as a whole: TooLarge above MAX_ARRAYS_BYTES.
+    """
     try:
-        with np.load(io.BytesIO(file.read()), allow_pickle=False) as archive:
+        content = file.path if file.path else io.BytesIO(file.read(MAX_ARRAYS_BYTES))
+        with zipfile.ZipFile(content) as members:
+            if sum(member.file_size for member in members.infolist()) > MAX_ARRAYS_BYTES:
+                raise too_large(file.name, MAX_ARRAYS_BYTES)
+        with np.load(content, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
-    except (ValueError, OSError, EOFError) as error:
+    except (OSError, EOFError, MemoryError, zipfile.BadZipFile, ValueError) as error:
+        if isinstance(error, TooLarge):
+            raise
         raise UserError(f"{file.name} cannot be read as npz without pickle: {error}") from error
     missing = {"n_atoms", "numbers", "frac_coords", "lattice"} - arrays.keys()
     if missing:
         raise UserError(
             f"{file.name} lacks {sorted(missing)} (it has {sorted(arrays)}): see the npz layout in the README"
         )
-    n_atoms = arrays.pop("n_atoms").astype(np.int64)
-    stops = np.cumsum(n_atoms)
+    n_atoms = arrays.pop("n_atoms")
     numbers, frac, lattice = arrays.pop("numbers"), arrays.pop("frac_coords"), arrays.pop("lattice")
-    if not (stops[-1:].sum() == len(numbers) == len(frac) and len(lattice) == len(n_atoms)):
+    if n_atoms.ndim != 1 or n_atoms.dtype.kind not in "iu" or (n_atoms < 0).any():
+        raise UserError(f"{file.name}: n_atoms must be counts, one a structure: remake it")
+    n_atoms = n_atoms.astype(np.int64)
+    stops = np.cumsum(n_atoms)
+    shapes = (numbers.shape, frac.shape, lattice.shape)
+    if shapes != ((stops[-1:].sum(),), (stops[-1:].sum(), 3), (len(n_atoms), 3, 3)):
         raise UserError(
-            f"{file.name}: n_atoms adds up to {stops[-1:].sum()}, but there are {len(numbers)} atoms: remake it"
+            f"{file.name}: n_atoms has {len(n_atoms)} structures with {stops[-1:].sum()} atoms, but numbers, "
+            f"frac_coords and lattice have the shapes {shapes}: remake it"
         )
     columns = {name: a.tolist() for name, a in arrays.items() if a.ndim == 1 and len(a) == len(n_atoms)}
     for index, stop in enumerate(stops):
@@ -264,16 +215,20 @@ def scan_ase_db(file: SourceFile) -> Iterator[RawStructure]:
         return
     import ase.db
 
-    for row in ase.db.connect(str(file.path)).select():
-        columns = dict(row.key_value_pairs)
-        if row.get("energy") is not None:
-            columns["energy"] = row.get("energy")
-        dropped = [
-            k for k in ("initial_magmoms", "magmoms", "forces", "initial_charges", "charges", "tags") if k in row
-        ]
-        payload = {
-            **{"numbers": row.numbers, "positions": row.positions, "lattice": row.cell, "pbc": row.pbc},
-            "dropped": dropped + (["constraints"] if row.get("constraints") else []),
-        }
-        uid = uid_of(columns, f"{file.uid}-{row.id}")
-        yield RawStructure(uid, f"{file.name}:row {row.id}", "arrays", payload, *split_columns(columns))
+    database, last = ase.db.connect(str(file.path), use_lock_file=False), 0
+    while rows := list(database.select(f"id>{last}", limit=ROWS_AT_ONCE, sort="id")):  # a plain select holds all rows
+        last = rows[-1].id
+        yield from (_row_of_ase_db(file, row) for row in rows)
+
+
+def _row_of_ase_db(file: SourceFile, row: Any) -> RawStructure:
+    columns = dict(row.key_value_pairs)
+    if row.get("energy") is not None:
+        columns["energy"] = row.get("energy")
+    dropped = [k for k in ("initial_magmoms", "magmoms", "forces", "initial_charges", "charges", "tags") if k in row]
+    payload = {
+        **{"numbers": row.numbers, "positions": row.positions, "lattice": row.cell, "pbc": row.pbc},
+        "dropped": dropped + (["constraints"] if row.get("constraints") else []),
+    }
+    uid = uid_of(columns, f"{file.uid}-{row.id}")
+    return RawStructure(uid, f"{file.name}:row {row.id}", "arrays", payload, *split_columns(columns))
