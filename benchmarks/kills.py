@@ -145,9 +145,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--workdir", type=Path, required=True)
     p.add_argument("--output_dir", type=Path, default=Path("benchmarks/kills"))
     arguments = p.parse(sys.argv[1:] if argv is None else argv)
-    settings = SETTINGS | {"data.data_dir": arguments.data_dir, "train.num_steps": arguments.num_steps}
+    settings = SETTINGS | {"train.num_steps": arguments.num_steps}
     flags = [
         f"--config={config_path(arguments.config)}",
+        f"--config.data.data_dir={arguments.data_dir}",
         *(f"--config.{name}={value}" for name, value in settings.items()),
     ]
     shutil.rmtree(arguments.workdir, ignore_errors=True)

@@ -134,10 +134,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = p.parse(sys.argv[1:] if argv is None else argv)
     half = arguments.num_steps // 2
     settings = NETWORK | {
-        "data.data_dir": arguments.data_dir, "train.num_steps": arguments.num_steps,
-        "train.checkpoint_every": half, "train.eval_every": arguments.num_steps,
+        "train.num_steps": arguments.num_steps, "train.checkpoint_every": half,
+        "train.eval_every": arguments.num_steps,
     }  # fmt: skip
-    common = [f"--config={config_path(arguments.config)}", *flags(settings)]
+    given = [f"--config={config_path(arguments.config)}", f"--config.data.data_dir={arguments.data_dir}"]
+    common = [*given, *flags(settings)]
     root: Path = arguments.workdir
     shutil.rmtree(root, ignore_errors=True)
 
@@ -149,14 +150,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(name, file=sys.stderr)
         train(root / name, [*common, f"--config.train.fsdp={fsdp}"], devices, processes)
         result["against 1 device"][name] = difference(losses(root / name), straight, 0)
-    result["from step 25 of 8 devices"] = {}
+    middle = result[f"from step {half} of 8 devices"] = {}
     for name, (devices, processes, fsdp) in GO_ON.items():
         print(f"from 8 devices to {name}", file=sys.stderr)
         workdir = shutil.copytree(root / "8 devices", root / f"8 to {name}")
         shutil.rmtree(workdir / "checkpoints" / str(arguments.num_steps))
         train(workdir, [*common, f"--config.train.fsdp={fsdp}"], devices, processes)
         compared = difference(losses(workdir), losses(root / "8 devices"), half)
-        result["from step 25 of 8 devices"][name] = compared
+        middle[name] = compared
 
     jax.config.update("jax_num_cpu_devices", 8)
     config, _, _ = load_config([*common, "--workdir=unused"])
