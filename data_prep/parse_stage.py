@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -10,11 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from data_prep.datasets import scan_all
-from data_prep.parse_pool import CellOptions, Item, Outcome, WorkersDoNotStart, parse_all
+from data_prep.parse_pool import CellOptions, Outcome, WorkersDoNotStart, parse_all
 from data_prep.spool import Spool
+from data_prep.tasks import progress_bar
 from unimat_jax.errors import UserError
 
 _QUICK_SUFFIXES = (".npz", ".parquet", ".db")
@@ -22,15 +22,15 @@ _QUICK_SUFFIXES = (".npz", ".parquet", ".db")
 _QUICK_BYTES = 2**22
 
 
-def open_spool(directory: Path, parsing: dict[str, Any], extra: dict[str, dict[str, float]]) -> Spool:
-    """The spool of an interrupted run on the same source and cell options, or a new one."""
-    wanted = json.dumps(parsing, sort_keys=True)
-    about = directory / "parsing.json"
+def open_directory(directory: Path, options: dict[str, Any]) -> Path:
+    """The directory that an interrupted run made with the same options, or an empty one."""
+    wanted = json.dumps(options, sort_keys=True)
+    about = directory / "options.json"
     if not about.exists() or about.read_text() != wanted:
         shutil.rmtree(directory, ignore_errors=True)
         directory.mkdir(parents=True)
         about.write_text(wanted)
-    return Spool(directory / "outcomes.bin", extra)
+    return directory
 
 
 def parse_into(
@@ -38,21 +38,13 @@ def parse_into(
 ) -> None:
     """Appends the outcome of every structure that the spool does not hold yet."""
     already = spool.resume()
-    total = sum(1 for _ in scan_all(files))
+    if spool.size is not None:
+        return
     if already and not quiet:
-        print(f"continuing after {already} of {total} structures that an interrupted run had read")
+        print(f"continuing after {already} structures that an interrupted run had read")
     failures = 0
-    interval = 0.2 if sys.stderr.isatty() else 10.0  # a log file wants few lines
-    with tqdm(
-        total=total,
-        initial=already,
-        unit="crystal",
-        desc="reading",
-        disable=quiet,
-        file=sys.stderr,
-        mininterval=interval,
-    ) as bar:
-        for outcome in spool.append(_outcomes(files, cell, num_workers, time_limit, already)):
+    with progress_bar("reading", "crystal", None, already, quiet) as bar:
+        for outcome in spool.append(_outcomes(files, cell, num_workers, time_limit, already), already):
             failures += bool(outcome.reason)
             bar.update()
             if outcome.reason:
@@ -64,18 +56,14 @@ def _outcomes(
 ) -> Iterator[Outcome]:
     number = 0
     try:
-        for outcome in parse_all(_skipped(files, skip), cell, num_workers=num_workers, time_limit=time_limit):
+        for outcome in parse_all(
+            itertools.islice(scan_all(files), skip, None), cell, num_workers=num_workers, time_limit=time_limit
+        ):
             number += 1
             yield outcome
     except WorkersDoNotStart:
         print('parsing in one process (a script needs `if __name__ == "__main__":` for more)', file=sys.stderr)
-        yield from parse_all(_skipped(files, skip + number), cell, num_workers=0)
-
-
-def _skipped(files: dict[str, Path], skip: int) -> Iterator[Item]:
-    for index, item in enumerate(scan_all(files)):
-        if index >= skip:
-            yield item
+        yield from parse_all(itertools.islice(scan_all(files), skip + number, None), cell, num_workers=0)
 
 
 def choose_num_workers(asked: int | None, files: dict[str, Path]) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,8 @@ from data_prep.selection import Selection, counts
 
 REPORT = "data_report.json"
 STATISTICS = "statistics.json"
+DROPPED = "dropped.jsonl"
+"""Every dropped structure, in the source's order: reason, id, origin, message."""
 DENSE_BYTES = 20 * 9 * 18 * 3 * 4
 """Bytes of MP-20's dense float32 tensor [20, 9, 18, 3], what the size of a record is measured against."""
 
@@ -37,7 +38,7 @@ def make_report(
 ) -> dict[str, Any]:
     per_split = {}
     for index, split in enumerate(splits):
-        number = selection.kept_of_split[index]
+        number = selection.summary.kept_of_split[index]
         if number:
             size = sum(p.stat().st_size for p in directory.glob(f"{name}-{split}.array_record*"))
             per_crystal = size / number
@@ -49,21 +50,14 @@ def make_report(
             }
     return {
         **about,
-        **counts(selection),
+        **counts(selection.summary),
         "splits": per_split,
         "changed": dict(sorted(selection.changed.items())),
         "properties": {column: meaning.to_json() for column, meaning in selection.columns.items()},
         "columns_not_used": selection.unused_columns,
         "split_ids_not_found": selection.ids_not_found,
-        "dropped_structures": selection.dropped,
+        "dropped_structures": dict(selection.summary.first_dropped),
     }
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Whole or not at all: written beside, then renamed."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=1, sort_keys=False) + "\n", encoding="utf-8")
-    partial.replace(path)
 
 
 def table(report: Mapping[str, Any], directory: Path) -> str:
@@ -76,8 +70,9 @@ def table(report: Mapping[str, Any], directory: Path) -> str:
         lines.append(
             f"  {split:<12}{values['crystals']:>8} crystals, {values['bytes_per_crystal']} bytes each ({share})"
         )
-    for reason, items in sorted(report["dropped_structures"].items()):
-        lines.append(f"  dropped     {len(items):>8} {reason}, first {items[0]['id']}: {items[0]['message'][:160]}")
+    for reason, number in report["dropped"].items():
+        first = report["dropped_structures"][reason][0]
+        lines.append(f"  dropped     {number:>8} {reason}, first {first['id']}: {first['message'][:160]}")
     for change, number in report["changed"].items():
         lines.append(f"  changed     {number:>8} {change}")
     for name, meaning in report["properties"].items():
@@ -90,6 +85,6 @@ def table(report: Mapping[str, Any], directory: Path) -> str:
         lines.append(f"  not found   {len(missing):>8} ids of --split_ids, first {missing[0]}")
     lines += [f"  note        {note}" for note in report["notes"]]
     lines.append(
-        f"  {report['seconds']} s, {report['crystals_per_second']} crystals/s; every id is in {directory / REPORT}"
+        f"  {report['seconds']} s, {report['crystals_per_second']} crystals/s; every drop is in {directory / DROPPED}"
     )
     return "\n".join(lines)

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -62,9 +63,12 @@ def _report(directory: Path) -> dict:
     return json.loads((directory / "data_report.json").read_text())
 
 
-def _adds_up(report: dict) -> bool:
+def _adds_up(directory: Path) -> bool:
+    report = _report(directory)
     dropped = sum(report["dropped"].values())
-    named = sum(len(items) for items in report["dropped_structures"].values())
+    lines = [json.loads(line) for line in (directory / "dropped.jsonl").read_text().splitlines()]
+    assert Counter(line["reason"] for line in lines) == report["dropped"]
+    named = len({(line["id"], line["origin"]) for line in lines})
     kept = sum(split["crystals"] for split in report["splits"].values())
     return report["read"] == report["kept"] + dropped and dropped == named and report["kept"] == kept
 
@@ -220,7 +224,7 @@ def test_an_interrupted_run_continues(hundred, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(parse_pool, "prepare_one", dies_at_30)
     with pytest.raises(KeyboardInterrupt):
         prepare("crystals", source, tmp_path, num_workers=0, quiet=True, **options)
-    spool = tmp_path / "crystals/1.0.0.parsing/outcomes.bin"
+    spool = tmp_path / "crystals/1.0.0.parsing/parts/000000.outcomes"
     with spool.open("ab") as file:  # as if killed in the middle of a write
         file.write(b"\x40\x00\x00\x00\x02\x00\x00\x00[half")
     assert not (tmp_path / "crystals/1.0.0").exists()
@@ -229,7 +233,7 @@ def test_an_interrupted_run_continues(hundred, tmp_path, capsys, monkeypatch):
     assert len(calls) == 30 + 100 - 29
     for shard in directory.glob("*.array_record*"):
         assert shard.read_bytes() == (again / shard.name).read_bytes()
-    assert not spool.parent.exists() and len(_read(again)) == len(crystals)
+    assert not spool.parents[1].exists() and len(_read(again)) == len(crystals)
 
 
 def test_a_folder_with_every_kind_of_trouble(tmp_path):
@@ -254,7 +258,7 @@ def test_a_folder_with_every_kind_of_trouble(tmp_path):
     done = subprocess.run([*program, *flags], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     report = _report(tmp_path / "data/crystals/1.0.0")
-    assert _adds_up(report) and (report["read"], report["kept"]) == (21, 13)
+    assert _adds_up(tmp_path / "data/crystals/1.0.0") and (report["read"], report["kept"]) == (21, 13)
     expected = {"unparsable": "cut", "disordered": "partial", "bad_element": "vacancy", "not_finite": "nan"}
     expected |= {
         "empty_file": "empty",
@@ -342,7 +346,7 @@ def test_cdvae_layout_with_a_missing_split(name, tmp_path):
     report = _report(directory)
     assert _records(directory, "train").keys() == {c.uid for c in crystals[:15]}
     assert _records(directory, "validation").keys() == {c.uid for c in crystals[15:]}
-    assert report["dropped"] == {"duplicate_id": 1} and _adds_up(report)
+    assert report["dropped"] == {"duplicate_id": 1} and _adds_up(directory)
     assert report["notes"] == ["no test split in the source"]
     assert report["properties"]["formation_energy_per_atom"]["unit"] == "eV/atom"
     assert report["properties"]["formation_energy_per_atom"]["functional"].startswith("PBE")
