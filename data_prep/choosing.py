@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.atomic import write_array, written_whole
-from data_prep.parse_pool import Outcome
+from data_prep.outcome import Outcome
 from data_prep.selection import Filters, SplitRule, Summary
 from data_prep.spool import Spool
 

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.datasets import scan_all
-from data_prep.parse_pool import CellOptions, Outcome, WorkersDoNotStart, parse_all
+from data_prep.outcome import is_failure
+from data_prep.parse_pool import CellOptions, WorkersDoNotStart, parse_all
 from data_prep.spool import Spool
 from data_prep.tasks import progress_bar
 from unimat_jax.errors import UserError
@@ -45,15 +46,15 @@ def parse_into(
     failures = 0
     with progress_bar("reading", "crystal", None, already, quiet) as bar:
         for outcome in spool.append(_outcomes(files, cell, num_workers, time_limit, already), already):
-            failures += bool(outcome.reason)
             bar.update()
-            if outcome.reason:
+            if is_failure(outcome):
+                failures += 1
                 bar.set_postfix(failed=failures, refresh=False)
 
 
 def _outcomes(
     files: dict[str, Path], cell: CellOptions, num_workers: int, time_limit: float, skip: int
-) -> Iterator[Outcome]:
+) -> Iterator[bytes]:
     number = 0
     try:
         for outcome in parse_all(

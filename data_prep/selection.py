@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from data_prep.datasets import Column, DataSet, feature_name
-from data_prep.parse_pool import Outcome
+from data_prep.outcome import Outcome
 from data_prep.splits import reduced_formula, split_of_hash
 from data_prep.statistics import Statistics
 from unimat_jax.errors import UserError

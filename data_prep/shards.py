@@ -19,7 +19,7 @@ import numpy as np
 from data_prep.atomic import write_array, written_whole
 from data_prep.choosing import Work, halves_of_hash
 from data_prep.datasets import feature_name
-from data_prep.parse_pool import Outcome
+from data_prep.outcome import Outcome
 
 VERSION = "1.0.0"
 SPLITS = ("train", "validation", "test")

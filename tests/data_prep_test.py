@@ -1,6 +1,7 @@
 """From source files to records on disk, through the program that users start."""
 
 import csv
+import io
 import json
 import os
 import signal
@@ -16,6 +17,7 @@ import tensorflow_datasets as tfds
 from crystal_cases import difference, perovskite, quartz, random_crystal, same_up_to_proper_rotation, space_group
 from shared_data import data_dir, load
 
+from data_prep.outcome import read_outcome
 from data_prep.parse_pool import CellOptions, parse_all
 from data_prep.prepare import main, prepare
 from data_prep.statistics import Statistics
@@ -503,7 +505,9 @@ class _Bomb(dict):
 def test_a_crash_and_a_hang_cost_one_structure_each(tmp_path):
     good = list(scan(_table(tmp_path / "a.csv", _crystals(70))))
     raws = [*good[:40], _hangs_or_dies("dies"), *good[40:50], _hangs_or_dies("hangs"), *good[50:]]
-    outcomes = list(parse_all([("", raw) for raw in raws], CellOptions(), num_workers=2, time_limit=2.0))
+    found = b"".join(parse_all([("", raw) for raw in raws], CellOptions(), num_workers=2, time_limit=2.0))
+    with io.BytesIO(found) as file:
+        outcomes = list(iter(lambda: read_outcome(file), None))
     assert [o.uid for o in outcomes] == [raw.uid for raw in raws]
     assert {o.uid: o.reason for o in outcomes if o.reason} == {"dies": "crashed", "hangs": "timeout"}
 
