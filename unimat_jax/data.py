@@ -8,6 +8,7 @@ of each global batch.
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -64,25 +65,38 @@ class RecordSource:
 
     def read(self, indices: Sequence[int] | np.ndarray) -> list[dict[str, Any]]:
         """Records (see `representation.encode`) with `material_id` and `properties`: floats by name, NaN if missing."""
-        return [_parse(message) for message in self._source.__getitems__([int(i) for i in indices])]
+        return parse_records(self._source.__getitems__(np.asarray(indices).tolist()))
 
 
-def _parse(message: bytes) -> dict[str, Any]:
+def parse_records(messages: Sequence[bytes]) -> list[dict[str, Any]]:
+    """The records that serialised tf.Examples hold. The numbers of all become arrays together, of which each record has
+    views: an array for each is what would take most of the time."""
     from tensorflow_datasets.proto import tf_example_pb2
 
-    example: Any = tf_example_pb2.Example  # pyright: ignore[reportAttributeAccessIssue]
-    feature = example.FromString(message).features.feature
-    return {
-        "material_id": feature["material_id"].bytes_list.value[0].decode(),
-        "slots": np.array(feature["slots"].int64_list.value, np.uint8).reshape(-1, 3),
-        "frac_coords": np.array(feature["frac_coords"].float_list.value, np.float32).reshape(-1, 3),
-        "lattice": np.array(feature["lattice"].float_list.value, np.float32),
-        "properties": {
+    parse: Any = tf_example_pb2.Example.FromString  # pyright: ignore[reportAttributeAccessIssue]
+    slots: list[int] = []
+    coords: list[float] = []
+    lattices: list[float] = []
+    stops, rest = [0], []
+    for message in messages:
+        feature = parse(message).features.feature
+        slots.extend(feature["slots"].int64_list.value)
+        coords.extend(feature["frac_coords"].float_list.value)
+        lattices.extend(feature["lattice"].float_list.value)
+        stops.append(len(slots) // 3)
+        properties = {
             name.removeprefix(_PREFIX): value.float_list.value[0]
             for name, value in feature.items()
             if name.startswith(_PREFIX)
-        },
-    }
+        }
+        rest.append({"material_id": feature["material_id"].bytes_list.value[0].decode(), "properties": properties})
+    all_slots = np.array(slots, np.uint8).reshape(-1, 3)
+    all_coords = np.array(coords, np.float32).reshape(-1, 3)
+    all_lattices = np.array(lattices, np.float32).reshape(-1, 6)
+    return [
+        {"slots": all_slots[start:stop], "frac_coords": all_coords[start:stop], "lattice": lattice, **others}
+        for (start, stop), lattice, others in zip(itertools.pairwise(stops), all_lattices, rest, strict=True)
+    ]
 
 
 def make_spec(
@@ -149,9 +163,10 @@ def condition_schema(statistics: Mapping[str, Any], names: Sequence[str]) -> lis
     return schema
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=2)
 def _epoch_order(number: int, seed: int, epoch: int) -> np.ndarray:
-    return np.random.default_rng([seed, epoch]).permutation(number)
+    """4 bytes an example, of two epochs: a batch may hold the end of one and the start of the next."""
+    return np.random.default_rng([seed, epoch]).permutation(np.arange(number, dtype=np.uint32))
 
 
 class BatchMaker:
