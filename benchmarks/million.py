@@ -1,6 +1,6 @@
 """A million crystals on one machine: how fast they are built and read, and whether memory grows with their number.
 
-python -m benchmarks.million --source=$UNIMAT_DATA/mp_le20/mp_le20.npz --work_dir=/tmp/million --output_dir=benchmarks/million
+python -m benchmarks.million --source=$UNIMAT_DATA/mp_le20/mp_le20.npz --work_dir=/tmp/million
 
 The crystals are real ones with their atoms moved by 0.02 A and their cells strained by 1 % (standard deviations). Each
 size is built by `unimat prepare` in a process of its own, then read back shuffled on one core. Reading is given per
@@ -128,7 +128,7 @@ def build(work_dir: Path, num_workers: int, niggli: bool) -> dict[str, Any]:
     directory = data.dataset_directory("crystals", work_dir)
     report = json.loads((directory / "data_report.json").read_text())
     shards = list(directory.glob("*.array_record*"))
-    ends = [start for start, _ in stages.values()][1:] + [seconds]
+    ends = [*[start for start, _ in stages.values()][1:], seconds]
     return {
         "kept": report["kept"],
         "dropped": report["dropped"],

@@ -11,7 +11,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from data_prep.atomic import write_json
+from data_prep.atomic import UNFINISHED, write_json
 from data_prep.choosing import Work, find_duplicates, merged_summary, write_hashes, write_summary
 from data_prep.report import DROPPED, REPORT, STATISTICS
 from data_prep.selection import Selection, Summary
@@ -91,4 +91,6 @@ def put_in_place(built: Built, directory: Path) -> None:
     for path in (*directory.parent.glob(f"incomplete.*_{directory.name}"), directory):
         shutil.rmtree(path, ignore_errors=True)
     assert (built.path / REPORT).exists()
+    for left_by_a_kill in built.path.glob(f"*{UNFINISHED}"):
+        left_by_a_kill.unlink()
     built.path.replace(directory)

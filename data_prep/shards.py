@@ -110,25 +110,32 @@ def write_shard(work: Work, told: tuple[Path, Shard]) -> None:
     from array_record.python.array_record_module import ArrayRecordWriter
 
     path, shard = told
-    keys, pieces = [np.empty((3, 0), np.uint64)], []
-    for part in range(work.spool.num_parts):
-        rows = _rows(work, part, shard.split)
-        start = np.searchsorted(rows[1], np.uint64(shard.low))
-        rows = np.array(rows[:, start : np.searchsorted(rows[1], np.uint64(shard.high - 1), "right")])
+    slices = [_slice(work, part, shard) for part in range(work.spool.num_parts)]
+    high, low, sizes = np.concatenate([[rows[1], rows[2], rows[4] - rows[3]] for rows in slices], axis=1)
+    stops = np.cumsum(sizes).astype(np.int64)
+    content = memoryview(bytearray(stops[-1]))  # of the whole shard
+    place = 0
+    for part, rows in enumerate(slices):
         if rows.shape[1]:
-            begin = rows[3, 0]
+            size = int(rows[4, -1] - rows[3, 0])
             with work.file(part, "records").open("rb") as file:
-                file.seek(int(begin))
-                messages = memoryview(file.read(int(rows[4, -1] - begin)))
-            keys.append(rows[:3])
-            pieces += [messages[a:b] for a, b in (rows[3:] - begin).T.tolist()]
-    order = np.lexsort(np.concatenate(keys, axis=1)[::-1])
-    assert len(order) == shard.num_records
+                file.seek(int(rows[3, 0]))
+                file.readinto(content[place : place + size])  # type: ignore[attr-defined]
+            place += size
+    order = np.lexsort((low, high))
+    assert len(order) == shard.num_records and place == len(content)
     with written_whole(path) as beside:
         try:
             writer = ArrayRecordWriter(str(beside), "group_size:1")
             for i in order:
-                writer.write(bytes(pieces[i]))
+                writer.write(bytes(content[stops[i] - int(sizes[i]) : stops[i]]))
             writer.close()
         except RuntimeError as error:
             raise OSError(errno.EIO, str(error), str(path)) from error
+
+
+def _slice(work: Work, part: int, shard: Shard) -> np.ndarray:
+    rows = _rows(work, part, shard.split)
+    start = np.searchsorted(rows[1], np.uint64(shard.low))
+    stop = np.searchsorted(rows[1], np.uint64(shard.high - 1), "right")
+    return np.array(rows[:, start:stop])
