@@ -214,8 +214,8 @@ def _serve(pipe: connection.Connection, cell: CellOptions) -> None:
     import spglib  # noqa: F401  what takes long to import is imported before "ready"
     from pymatgen.io.cif import CifParser  # noqa: F401
 
-    pipe.send("ready")
     try:
+        pipe.send("ready")
         while True:
             items, one_by_one = pipe.recv()
             ready, since = [], time.monotonic()
@@ -225,5 +225,5 @@ def _serve(pipe: connection.Connection, cell: CellOptions) -> None:
                 if one_by_one or number == len(items) or now - since > SEND_EVERY:
                     pipe.send(ready)
                     ready, since = [], now
-    except (EOFError, BrokenPipeError):
+    except (EOFError, OSError):  # the parent is gone
         sys.exit(0)
