@@ -6,21 +6,30 @@ with the same bytes.
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
-from data_prep.atomic import UNFINISHED, write_json
+from data_prep.atomic import UNFINISHED
 from data_prep.choosing import Work, find_duplicates, merged_summary, write_hashes, write_summary
-from data_prep.report import DROPPED, REPORT, STATISTICS
-from data_prep.selection import Selection, Summary
+from data_prep.report import DROPPED, REPORT
+from data_prep.selection import Summary
 from data_prep.shards import SPLITS, VERSION, plan_shards, write_run, write_shard
-from data_prep.tasks import Workers
+from data_prep.tasks import Task
 from unimat_jax.errors import UserError
 
+if TYPE_CHECKING:
+    from data_prep.builders import UniMatBuilder
 
-def choose(work: Work, pool: Workers) -> Summary:
+
+class Pool(Protocol):
+    """`tasks.Workers`, or what does the same elsewhere."""
+
+    def run(self, function: Callable[..., None], tasks: Iterable[Task], *settings: Any, description: str) -> None: ...
+
+
+def choose(work: Work, pool: Pool) -> Summary:
     """What is kept and dropped, by the filters, the splits and the ids that stand there twice."""
     parts = range(work.spool.num_parts)
     pool.run(write_hashes, [(work.file(part, "ids.npy"), part) for part in parts], description="choosing")
@@ -30,18 +39,10 @@ def choose(work: Work, pool: Workers) -> Summary:
     return merged_summary(work)
 
 
-@dataclasses.dataclass(frozen=True)
-class Built:
-    """A directory with shards. splits: name -> number of records in each shard, and bytes of all."""
-
-    path: Path
-    splits: dict[str, tuple[list[int], int]]
-
-
-def write_shards(work: Work, pool: Workers, selection: Selection, dataset: str, num_shards: int | None) -> Built:
+def write_shards(work: Work, pool: Pool, builder: UniMatBuilder, properties: list[str], num_shards: int | None) -> Path:
+    """The directory with the shards and TFDS's own files. num_shards: of each split, None for a number by size."""
     parts, path = range(work.spool.num_parts), work.directory / VERSION
-    tasks = [(work.file(part, "run.npy"), part) for part in parts]
-    pool.run(write_run, tasks, sorted(selection.columns), description="sorting")
+    pool.run(write_run, [(work.file(part, "run.npy"), part) for part in parts], properties, description="sorting")
     path.mkdir(exist_ok=True)
     splits, tasks = {}, []
     for index, split in enumerate(SPLITS):
@@ -49,10 +50,13 @@ def write_shards(work: Work, pool: Workers, selection: Selection, dataset: str, 
         if shards:
             splits[split] = [shard.num_records for shard in shards], size
         for number, shard in enumerate(shards):
-            file = path / f"{dataset}-{split}.array_record-{number:05}-of-{len(shards):05}"
+            file = path / f"{builder.name}-{split}.array_record-{number:05}-of-{len(shards):05}"
             tasks.append((file, (file, shard)))
     pool.run(write_shard, tasks, description="writing")
-    return Built(path, splits)
+    builder.write_info(path, splits)
+    for left_by_a_kill in path.glob(f"*{UNFINISHED}"):
+        left_by_a_kill.unlink()
+    return path
 
 
 def write_dropped(work: Work, directory: Path) -> None:
@@ -63,34 +67,16 @@ def write_dropped(work: Work, directory: Path) -> None:
                 shutil.copyfileobj(file, whole)
 
 
-def write_beside(built: Built, selection: Selection, statistics: dict[str, Any], about: dict[str, Any]) -> None:
-    """TFDS's own files and the statistics."""
-    from data_prep.builders import BUILDERS  # imports TFDS, which takes a second
-
-    metadata = {
-        "notes": about["notes"],
-        "properties": statistics["properties"],
-        "cell": about["options"]["cell"],
-    }
-    builder = BUILDERS[about["dataset"]](
-        properties=sorted(selection.columns), metadata=metadata, data_dir=str(built.path.parent)
-    )
-    builder.write_info(built.path, built.splits)
-    write_json(built.path / STATISTICS, statistics)
-
-
 def check_place(directory: Path) -> None:
     """UserError where something else than a data set lies there."""
     if any(directory.glob("*")) and not (directory / "dataset_info.json").exists():
         raise UserError(f"{directory} is there and is no data set: move it away, or choose another --data_dir")
 
 
-def put_in_place(built: Built, directory: Path) -> None:
+def put_in_place(built: Path, directory: Path) -> None:
     """The finished data set, in place of one that is made again."""
     check_place(directory)
     for path in (*directory.parent.glob(f"incomplete.*_{directory.name}"), directory):
         shutil.rmtree(path, ignore_errors=True)
-    assert (built.path / REPORT).exists()
-    for left_by_a_kill in built.path.glob(f"*{UNFINISHED}"):
-        left_by_a_kill.unlink()
-    built.path.replace(directory)
+    assert (built / REPORT).exists()
+    built.replace(directory)

@@ -5,15 +5,17 @@ Read them with `tfds.builder_from_directory(path).as_data_source(split)`; `data_
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
 
-from data_prep.datasets import DATASETS
-from data_prep.shards import VERSION
+from data_prep.choosing import Work, merged_summary
+from data_prep.datasets import DATASETS, feature_name
+from data_prep.shards import SPLITS, VERSION
 
 
 class UniMatBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -22,7 +24,8 @@ class UniMatBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
     VERSION = tfds.core.Version(VERSION)
 
-    def __init__(self, *, properties: Sequence[str], metadata: dict[str, Any], **kwargs):
+    def __init__(self, *, work: Work, properties: Sequence[str], metadata: dict[str, Any], **kwargs):
+        self._work = work
         self._properties = tuple(properties)
         self._about = metadata
         super().__init__(file_format="array_record", **kwargs)
@@ -47,10 +50,15 @@ class UniMatBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         )
 
     def _split_generators(self, dl_manager):
-        raise NotImplementedError("data_prep.shards writes the records")
+        """For Apache Beam; on one machine `data_prep.shards` writes the records."""
+        kept = merged_summary(self._work).kept_of_split
+        return {split: self._generate_examples(index) for index, split in enumerate(SPLITS) if kept[index]}
 
-    def _generate_examples(self):
-        raise NotImplementedError("data_prep.shards writes the records")
+    def _generate_examples(self, split: int):
+        import apache_beam as beam
+
+        parts = beam.Create(range(self._work.spool.num_parts)) | beam.Reshuffle()
+        return parts | beam.FlatMap(examples_of_part, self._work, split, self._properties)
 
     def write_info(self, directory: Path, splits: Mapping[str, tuple[Sequence[int], int]]) -> None:
         """dataset_info.json, features.json and metadata of the shards in `directory`. splits: name -> number of records
@@ -66,6 +74,17 @@ class UniMatBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         ]
         self.info.set_splits(tfds.core.splits.SplitDict(infos))
         self.info.write_to_directory(directory)
+
+
+def examples_of_part(
+    part: int, work: Work, split: int, properties: Sequence[str]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(key, example) of each chosen structure, as TFDS takes them."""
+    for outcome, found, _, _ in work.judged(part):
+        if found == split and outcome.record is not None:
+            values = {feature_name(name): value for name, value in outcome.properties.items()}
+            chosen = {name: np.float32(values.get(name, math.nan)) for name in properties}
+            yield outcome.uid, {"material_id": outcome.uid, **outcome.record, "properties": chosen}
 
 
 class Perov5(UniMatBuilder):

@@ -17,15 +17,16 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from data_prep.atomic import write_json
-from data_prep.build import check_place, choose, put_in_place, write_beside, write_dropped, write_shards
+from data_prep.beam import BeamWorkers, build_with_tfds, parse_on_beam, pipeline_options
+from data_prep.build import check_place, choose, put_in_place, write_dropped, write_shards
 from data_prep.choosing import Work, ids_not_found
 from data_prep.datasets import DATASETS, Column, notes_of, source_files
 from data_prep.parse_pool import CellOptions
 from data_prep.parse_stage import choose_num_workers, open_directory, parse_into
-from data_prep.report import DROPPED, REPORT, fingerprint, make_report, table
+from data_prep.report import DROPPED, REPORT, STATISTICS, fingerprint, make_report, table
 from data_prep.selection import Filters, Selection, SplitRule, Summary, counts, select
 from data_prep.shards import SPLITS, VERSION
 from data_prep.splits import read_property_table, read_split_ids
@@ -34,6 +35,9 @@ from data_prep.tasks import Workers
 from unimat_jax.cli import Parser, run_program
 from unimat_jax.errors import UserError
 from unimat_jax.periodic_table import atomic_number
+
+if TYPE_CHECKING:
+    from data_prep.builders import UniMatBuilder
 
 
 def prepare(
@@ -60,6 +64,7 @@ def prepare(
     time_limit: float = 60.0,
     overwrite: bool = False,
     part_size: int = PART_SIZE,
+    beam_pipeline_options: str | None = None,
     quiet: bool = False,
 ) -> Path:
     """The directory `data_dir/dataset/1.0.0` with records, statistics.json and data_report.json.
@@ -72,6 +77,10 @@ def prepare(
     """
     start = time.monotonic()
     files = source_files(dataset, None if source is None else str(source))
+    beam_options = None
+    if beam_pipeline_options is not None:
+        beam_options = pipeline_options(beam_pipeline_options)
+        data_dir, files = Path(data_dir).resolve(), {split: path.resolve() for split, path in files.items()}
     cell = CellOptions(bool(primitive), niggli is None or niggli, primitive_tolerance, niggli_tolerance)
     declared = dict(_column(text) for text in properties)
     fractions = tuple(float(f) for f in split_fractions)
@@ -114,24 +123,35 @@ def prepare(
     about = {"dataset": dataset, "notes": notes_of(dataset, files), "options": options}
     check_place(directory)
     with _one_error_for_a_full_disk(unfinished):
-        open_directory(unfinished, {**parsing, "part_size": part_size})
+        open_directory(unfinished, {**parsing, "part_size": part_size, "beam": beam_pipeline_options is not None})
         spool = Spool(unfinished / "parts", part_size, extra)
-        parse_into(spool, files, cell, workers, time_limit, quiet)
-        work = Work(spool, open_directory(unfinished / "chosen", options), filters, rule)
-        with Workers(work, workers, quiet) as pool:
+        work = Work(spool, unfinished / "chosen", filters, rule)
+        with contextlib.ExitStack() as stack:
+            if beam_options is None:
+                parse_into(spool, files, cell, workers, time_limit, quiet)
+                pool = stack.enter_context(Workers(work, workers, quiet))
+            else:
+                parse_on_beam(beam_options, spool, files, cell, time_limit)
+                pool = BeamWorkers(work, beam_options)
+            open_directory(work.directory, options)
             summary = choose(work, pool)
             _check_something_is_left(work, summary, files, unfinished, about)
             added = {name for row in extra.values() for name in row}
             columns = (declared, ignore_properties, added)
             selection = select(summary, DATASETS[dataset], *columns, ids_not_found(work))
-            built = write_shards(work, pool, selection, dataset, num_shards)
-        write_beside(built, selection, _statistics(selection, cell, files, about), about)
-        write_dropped(work, built.path)
+            statistics = _statistics(selection, cell, files, about)
+            builder = _builder(work, selection, statistics, about)
+            if beam_options is None:
+                built = write_shards(work, pool, builder, sorted(selection.columns), num_shards)
+            else:
+                built = build_with_tfds(builder, beam_options, num_shards)
+        write_json(built / STATISTICS, statistics)
+        write_dropped(work, built)
         seconds = time.monotonic() - start
         kept = counts(summary)["kept"]
         about |= {"seconds": round(seconds, 2), "crystals_per_second": round(kept / seconds, 1)}
-        report = make_report(selection, built.path, about, SPLITS, dataset)
-        write_json(built.path / REPORT, report)
+        report = make_report(selection, built, about, SPLITS, dataset)
+        write_json(built / REPORT, report)
         put_in_place(built, directory)
         shutil.rmtree(unfinished)
     if not quiet:
@@ -218,6 +238,14 @@ def _statistics(
     }
 
 
+def _builder(work: Work, selection: Selection, statistics: dict[str, Any], about: dict[str, Any]) -> UniMatBuilder:
+    from data_prep.builders import BUILDERS  # imports TFDS, which takes a second
+
+    metadata = {"notes": about["notes"], "properties": statistics["properties"], "cell": about["options"]["cell"]}
+    properties = sorted(selection.columns)
+    return BUILDERS[about["dataset"]](work=work, properties=properties, metadata=metadata, data_dir=str(work.directory))
+
+
 def _elements(symbols: Sequence[str] | None) -> frozenset[str] | None:
     if not symbols:
         return None
@@ -280,6 +308,7 @@ def _parser() -> Parser:
     add("--num_workers", type=int, help="processes that parse (default: every core)")
     add("--time_limit", type=float, default=60.0, help="seconds a structure may take to parse (default 60)")
     add("--part_size", type=int, default=PART_SIZE, help="structures a stage takes at a time (default: %(default)s)")
+    add("--beam_pipeline_options", help="build on Apache Beam: runner=FlinkRunner,flink_master=HOST:PORT,...")
     add("--overwrite", action="store_true", help="make a finished data set again")
     return parser
 

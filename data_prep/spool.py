@@ -77,6 +77,9 @@ class Spool:
                     yield outcome
             if size < (number + 1) * self.part_size:
                 break
+        self.finish(size)
+
+    def finish(self, size: int) -> None:
         write_json(self._end, {"size": size})
 
     def read(self, number: int) -> Iterator[tuple[int, Outcome]]:
