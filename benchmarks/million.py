@@ -195,7 +195,7 @@ def read_back(directory: Path, batches: int) -> dict[str, Any]:
         one_by_one = tfds.builder_from_directory(str(directory)).as_data_source("train")
         _, opened = timed(lambda: maker.indices(0))
         kinds: dict[str, tuple[int, Callable[[int], Any]]] = {
-            "raw records": (batches, lambda i: source._source.__getitems__(maker.indices(i).tolist())),
+            "raw records": (batches, lambda i: source._shards.read(maker.indices(i).astype(np.int64))),
             "decoded to arrays": (batches, lambda i: batch_records(source.read(maker.indices(i)), spec.max_atoms)),
             "batches for the device, augmented": (batches, maker),
             "tfds.data_source, one by one": (

@@ -10,7 +10,7 @@ import dataclasses
 import errno
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,12 @@ from data_prep.atomic import write_array, written_whole
 from data_prep.choosing import Work, halves_of_hash
 from data_prep.datasets import feature_name
 from data_prep.outcome import Outcome
+from unimat_jax.errors import UserError
 
 VERSION = "1.0.0"
 SPLITS = ("train", "validation", "test")
+RECORDS_AT_ONCE = 2**16
+"""Records of a shard that are gathered at a time: some 25 MB."""
 _BINS = 16
 """Bits of the hash by which records are counted to find where shards begin."""
 
@@ -110,32 +113,44 @@ def write_shard(work: Work, told: tuple[Path, Shard]) -> None:
     from array_record.python.array_record_module import ArrayRecordWriter
 
     path, shard = told
-    slices = [_slice(work, part, shard) for part in range(work.spool.num_parts)]
-    high, low, sizes = np.concatenate([[rows[1], rows[2], rows[4] - rows[3]] for rows in slices], axis=1)
-    stops = np.cumsum(sizes).astype(np.int64)
-    content = memoryview(bytearray(stops[-1]))  # of the whole shard
-    place = 0
-    for part, rows in enumerate(slices):
-        if rows.shape[1]:
-            size = int(rows[4, -1] - rows[3, 0])
-            with work.file(part, "records").open("rb") as file:
-                file.seek(int(rows[3, 0]))
-                file.readinto(content[place : place + size])  # type: ignore[attr-defined]
-            place += size
-    order = np.lexsort((low, high))
-    assert len(order) == shard.num_records and place == len(content)
+    pieces = 1 + shard.num_records // RECORDS_AT_ONCE
+    bounds = [shard.low + (shard.high - shard.low) * i // pieces for i in range(pieces + 1)]
+    number = 0
     with written_whole(path) as beside:
         try:
             writer = ArrayRecordWriter(str(beside), "group_size:1")
-            for i in order:
-                writer.write(bytes(content[stops[i] - int(sizes[i]) : stops[i]]))
+            for low, high in itertools.pairwise(bounds):
+                for message in _in_order(work, shard.split, low, high):
+                    writer.write(message)
+                    number += 1
             writer.close()
         except RuntimeError as error:
             raise OSError(errno.EIO, str(error), str(path)) from error
+        assert number == shard.num_records
 
 
-def _slice(work: Work, part: int, shard: Shard) -> np.ndarray:
-    rows = _rows(work, part, shard.split)
-    start = np.searchsorted(rows[1], np.uint64(shard.low))
-    stop = np.searchsorted(rows[1], np.uint64(shard.high - 1), "right")
+def _in_order(work: Work, split: int, low: int, high: int) -> Iterator[bytes]:
+    """The records of a range of hashes, by their hash."""
+    runs = range(work.spool.num_parts)
+    slices = [_between(_rows(work, part, split), low, high) for part in runs]
+    highs, lows, sizes = np.concatenate([[rows[1], rows[2], rows[4] - rows[3]] for rows in slices], axis=1)
+    stops = np.cumsum(sizes).astype(np.int64)
+    starts = stops - sizes.astype(np.int64)
+    content = memoryview(bytearray(sum(sizes.tolist())))
+    place = 0
+    for part, rows in zip(runs, slices, strict=True):
+        if rows.shape[1]:
+            size = int(rows[4, -1] - rows[3, 0])
+            with work.file(part, "records").open("rb", buffering=0) as file:
+                file.seek(int(rows[3, 0]))
+                if file.readinto(content[place : place + size]) != size:
+                    raise UserError(f"{file.name} is damaged: delete {work.directory}")
+            place += size
+    for i in np.lexsort((lows, highs)):
+        yield bytes(content[starts[i] : stops[i]])
+
+
+def _between(rows: np.ndarray, low: int, high: int) -> np.ndarray:
+    start = np.searchsorted(rows[1], np.uint64(low))
+    stop = np.searchsorted(rows[1], np.uint64(high - 1), "right")
     return np.array(rows[:, start:stop])

@@ -77,7 +77,8 @@ def test_order_and_shards_are_those_that_tfds_would_write(peace, tmp_path):
         assert builder.info.splits[split].shard_lengths == ours.info.splits[split].shard_lengths
 
 
-def test_workers_and_the_size_of_parts_change_no_record(source, peace, tmp_path):
+def test_workers_and_the_size_of_parts_change_no_record(source, peace, tmp_path, monkeypatch):
+    monkeypatch.setattr("data_prep.shards.RECORDS_AT_ONCE", 10)
     two = prepare("crystals", source, tmp_path / "two", num_workers=2, **OPTIONS)
     assert contents(two) == contents(peace)
     whole = prepare("crystals", source, tmp_path / "whole", num_workers=0, **{**OPTIONS, "part_size": 1000})
