@@ -192,7 +192,8 @@ def read_back(directory: Path, batches: int) -> dict[str, Any]:
         spec = data.make_spec(data.read_statistics(directory))
         switches = {"shuffle_atoms": True, "random_shift": True, "random_axes": True}
         maker = data.BatchMaker(source, spec, batch_size=BATCH, seed=0, augmentation=switches)
-        one_by_one = tfds.builder_from_directory(str(directory)).as_data_source("train")
+        builder: Any = tfds.builder_from_directory(str(directory))
+        one_by_one = builder.as_data_source("train")
         _, opened = timed(lambda: maker.indices(0))
         kinds: dict[str, tuple[int, Callable[[int], Any]]] = {
             "raw records": (batches, lambda i: source._shards.read(maker.indices(i).astype(np.int64))),

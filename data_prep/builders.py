@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
+from tensorflow_datasets.core.splits import SplitDict
 
 from data_prep.choosing import Work, merged_summary
 from data_prep.datasets import DATASETS, feature_name
@@ -72,7 +73,7 @@ class UniMatBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             )
             for name, (lengths, num_bytes) in splits.items()
         ]
-        self.info.set_splits(tfds.core.splits.SplitDict(infos))
+        self.info.set_splits(SplitDict(infos))
         self.info.write_to_directory(directory)
 
 

@@ -45,7 +45,7 @@ class _Shards:
     """The raw records of ArrayRecord files by their number, for threads too. An open file takes some 22 bytes a record
     of memory."""
 
-    def __init__(self, paths: Sequence[Path], lengths: Sequence[int]):
+    def __init__(self, paths: Sequence[str], lengths: Sequence[int]):
         self._paths, self._lengths = list(paths), list(lengths)
         self._starts = np.cumsum([0, *lengths])
         self._readers: list[Any] = [None] * len(self._paths)
@@ -57,8 +57,8 @@ class _Shards:
         messages = []
         with self._lock:  # a reader has one place
             for shard, place in zip(shards.tolist(), (indices - self._starts[shards]).tolist(), strict=True):
-                reader = self._readers[shard] or self._open(shard)
                 try:
+                    reader = self._readers[shard] or self._open(shard)
                     # read([place]) would take a time that grows with the file, as would several threads.
                     reader.seek(place)
                     messages.append(reader.read())
@@ -69,7 +69,7 @@ class _Shards:
     def _open(self, shard: int) -> Any:
         from array_record.python.array_record_module import ArrayRecordReader
 
-        path = str(self._paths[shard])
+        path = self._paths[shard]
         options = "readahead_buffer_size:0,max_parallelism:0"
         reader = ArrayRecordReader(path, options=options, file_reader_buffer_size=4096)
         if reader.num_records() != self._lengths[shard]:
@@ -98,7 +98,7 @@ class RecordSource:
                 f"config.data.max_train_examples = {limit}: {directory} has {available} in {split!r}; 0: all"
             )
         self.num_examples = limit or available
-        self._shards = _Shards(info.splits[split].filepaths, info.splits[split].shard_lengths)
+        self._shards = _Shards([str(path) for path in info.splits[split].filepaths], info.splits[split].shard_lengths)
 
     def __len__(self) -> int:
         return self.num_examples
