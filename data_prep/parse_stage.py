@@ -7,9 +7,12 @@ import json
 import os
 import shutil
 import sys
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from data_prep.datasets import scan_all
 from data_prep.outcome import is_failure
@@ -44,12 +47,43 @@ def parse_into(
     if already and not quiet:
         print(f"continuing after {already} structures that an interrupted run had read")
     failures = 0
-    with progress_bar("reading", "crystal", None, already, quiet) as bar:
+    with progress_bar("reading", "crystal", expected_number(files), already, quiet) as bar:
         for outcome in spool.append(_outcomes(files, cell, num_workers, time_limit, already), already):
             bar.update()
             if is_failure(outcome):
                 failures += 1
                 bar.set_postfix(failed=failures, refresh=False)
+
+
+def expected_number(files: dict[str, Path]) -> int | None:
+    """Structures in the source, where its files tell without being read; None where they do not."""
+    total = 0
+    for root in files.values():
+        for path in root.rglob("*") if root.is_dir() else [root]:
+            number = _number_in(path)
+            if number is None:
+                return None
+            total += number
+    return total
+
+
+def _number_in(path: Path) -> int | None:
+    if path.is_dir():
+        return 0
+    try:
+        if path.suffix in (".cif", ".vasp", ".poscar"):
+            return 1  # nearly always
+        if path.suffix == ".npz":
+            with zipfile.ZipFile(path) as archive, archive.open("n_atoms.npy") as file:
+                np.lib.format.read_magic(file)
+                return np.lib.format.read_array_header_1_0(file)[0][0]
+        if path.suffix == ".parquet":
+            import pyarrow.parquet
+
+            return pyarrow.parquet.read_metadata(path).num_rows
+    except Exception:  # a damaged file: reading it tells what is wrong
+        return 1
+    return None
 
 
 def _outcomes(

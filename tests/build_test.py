@@ -1,6 +1,8 @@
 """A build that is stopped anywhere goes on, and ends with the bytes of one in peace, for any number of workers."""
 
+import gzip
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +16,7 @@ import tensorflow_datasets as tfds
 from benchmarks.build_kills import command, contents, finish, kill, write_source
 from data_prep import atomic
 from data_prep.choosing import halves_of_hash
+from data_prep.parse_stage import expected_number
 from data_prep.prepare import main, prepare
 from data_prep.shards import SPLITS
 from data_prep.statistics import Statistics
@@ -173,6 +176,34 @@ def test_other_options_use_what_is_parsed_but_not_what_is_chosen(source, peace, 
     smaller = prepare("crystals", source, tmp_path, num_workers=0, max_atoms=6, **OPTIONS)
     report = json.loads((smaller / "data_report.json").read_text())
     assert report["kept"] < 291 and report["dropped"]["too_many_atoms"] > 0 and report["read"] == 300
+
+
+def test_damaged_files_cost_themselves_only(source, tmp_path):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    shutil.copy(source / "0.npz", folder / "a.npz")
+    with np.load(source / "0.npz") as file:
+        np.savez_compressed(folder / "b.npz", **{name: file[name] for name in file.files})
+    content = bytearray((folder / "b.npz").read_bytes())
+    content[100:200] = bytes(100)
+    (folder / "b.npz").write_bytes(content)
+    (folder / "c.parquet").write_bytes(b"PAR1 and no more")
+    table = gzip.compress(b"material_id,cif\n" + b"1,x\n" * 1000)
+    (folder / "d.csv.gz").write_bytes(table[:20] + bytes(10) + table[30:])
+    (folder / "e.db").write_bytes(b"no database" * 100)
+    shutil.copy(source / "0.npz", folder / "f.npz")
+    directory = prepare("crystals", folder, tmp_path, num_workers=0, **OPTIONS)
+    lines = [json.loads(line) for line in (directory / "dropped.jsonl").read_text().splitlines()]
+    assert [line["id"] for line in lines if line["reason"] == "unreadable_file"] == ["b", "c", "d", "e"]
+    report = json.loads((directory / "data_report.json").read_text())
+    assert (report["read"], report["kept"]) == (604, 291) and report["dropped"]["duplicate_id"] == 6 + 297
+
+
+def test_the_number_of_structures_that_files_tell(source, tmp_path):
+    (tmp_path / "a.cif").write_text("")
+    assert expected_number({"": source}) == 300 and expected_number({"train": source, "test": tmp_path}) == 301
+    (tmp_path / "b.csv").write_text("")
+    assert expected_number({"": tmp_path}) is None
 
 
 def test_a_damaged_part_is_an_error(source, tmp_path):

@@ -305,6 +305,8 @@ def test_nothing_left_is_an_error_with_the_reasons(tmp_path):
         (["--dataset=crystals", "--source={}/one.csv", "--property=nothing:eV"], ("nothing", "gap")),
         (["--dataset=starter", "--split_ids=nothing.csv"], ("nothing.csv",)),
         (["--dataset=starter", "--time_limit=0"], ("time_limit",)),
+        (["--dataset=starter", "--part_size=0"], ("part_size",)),
+        (["--dataset=starter", "--num_shards=0"], ("num_shards",)),
         (["--dataset=crystals", "--source={}/one.csv", "--max_atoms=4"], ("no crystal is left", "1 too_many_atoms")),
     ],
 )

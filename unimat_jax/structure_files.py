@@ -142,8 +142,10 @@ def _scan_many(files: Iterator[SourceFile]) -> Iterator[RawStructure]:
             continue
         try:
             yield from _refuse_pointer(file) or reader(file)
-        except (UserError, OSError, EOFError, zipfile.BadZipFile) as error:
+        except UserError as error:
             yield problem(file.uid, file.name, "unreadable_file", str(error))
+        except Exception as error:  # zlib, Arrow and SQLite have errors of their own for a file that is damaged
+            yield problem(file.uid, file.name, "unreadable_file", f"{file.name}: {type(error).__name__}: {error}")
 
 
 def _scan_zip(path: Path) -> Iterator[RawStructure]:
