@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import shutil
 import statistics
 import subprocess
@@ -107,7 +108,7 @@ def build(work_dir: Path, num_workers: int, niggli: bool) -> dict[str, Any]:
     command = [sys.executable, "-m", "unimat_jax.cli", "prepare", "--dataset=crystals", f"--data_dir={work_dir}"]
     command += [f"--source={work_dir / 'source'}", f"--num_workers={num_workers}"]
     command += [] if niggli else ["--no-niggli"]
-    begin = time.perf_counter()
+    begin, cpu_before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     memory, largest, disk, stages, watched = 0, 0, 0, {}, 0
     while running.poll() is None:
@@ -120,7 +121,8 @@ def build(work_dir: Path, num_workers: int, niggli: bool) -> dict[str, Any]:
             disk = max(disk, disk_use(work_dir / "crystals"))
         watched += 1
         time.sleep(0.1)
-    seconds = time.perf_counter() - begin
+    seconds, cpu = time.perf_counter() - begin, resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu_seconds = cpu.ru_utime + cpu.ru_stime - cpu_before.ru_utime - cpu_before.ru_stime
     assert running.stdout is not None
     said = running.stdout.read()
     if running.returncode:
@@ -134,6 +136,8 @@ def build(work_dir: Path, num_workers: int, niggli: bool) -> dict[str, Any]:
         "dropped": report["dropped"],
         "build_seconds": round(seconds, 2),
         "crystals_per_second": round(report["read"] / seconds, 1),
+        "processor_seconds": round(cpu_seconds, 1),
+        "crystals_per_processor_second": round(report["read"] / cpu_seconds, 1),
         "stages": {
             name: {"seconds": round(end - start, 2), "peak_bytes": peak}
             for (name, (start, peak)), end in zip(stages.items(), ends, strict=True)
