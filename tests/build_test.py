@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
+from benchmarks import million
 from benchmarks.build_kills import command, contents, finish, kill, write_source
 from data_prep import atomic
 from data_prep.choosing import halves_of_hash
@@ -261,3 +262,17 @@ def test_hashes_are_those_of_tfds():
     for key in ("mp-1", "a\\b", "é"):
         high, low = halves_of_hash(key, salt="train")
         assert (high << 64) + low == Hasher("train").hash_key(key)
+
+
+def test_the_millions_crystals_are_perturbed_real_ones(tmp_path):
+    import unimat_jax.starter
+    from unimat_jax.structure_files import read_structures
+
+    starter = Path(str(unimat_jax.starter.__file__)).parent / "starter.npz"
+    million.perturb(starter, tmp_path / "source", 200)
+    found = list(read_structures(tmp_path / "source"))
+    assert len({crystal.uid for crystal in found}) == 200
+    formulas = {crystal.formula for crystal in read_structures(starter)}
+    assert {crystal.formula for crystal in found} <= formulas
+    with pytest.raises(UserError, match=r"--source=.*none.npz does not exist"):
+        million.perturb(tmp_path / "none.npz", tmp_path / "b", 10)
