@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from data_prep.atomic import UNFINISHED
+from data_prep.atomic import UNFINISHED, write_json
 from data_prep.choosing import Work, find_duplicates, merged_summary, write_hashes, write_summary
 from data_prep.report import DROPPED, REPORT
-from data_prep.selection import Summary
+from data_prep.selection import Selection, Summary, counts
 from data_prep.shards import SPLITS, VERSION, plan_shards, write_run, write_shard
 from data_prep.tasks import Task
 from unimat_jax.errors import UserError
@@ -37,6 +37,34 @@ def choose(work: Work, pool: Pool) -> Summary:
         find_duplicates(work)
     pool.run(write_summary, [(work.file(part, "summary.json"), part) for part in parts], description="counting")
     return merged_summary(work)
+
+
+def check_something_is_left(
+    work: Work, summary: Summary, files: dict[str, Path], directory: Path, about: dict[str, Any]
+) -> None:
+    """Raises UserError where no crystal is kept, or none to train on; the reasons lie in `directory`."""
+    number = counts(summary)
+    reasons = ", ".join(f"{count} {reason}" for reason, count in number["dropped"].items()) or "the source is empty"
+    if not number["kept"]:
+        write_json(directory / REPORT, {**about, **number, "dropped_structures": summary.first_dropped})
+        write_dropped(work, directory)
+        raise UserError(
+            f"no crystal is left of {number['read']} read ({reasons}): {directory / REPORT} tells, {DROPPED} beside it "
+            "names each"
+        )
+    if "" in files and not summary.kept_of_split[0]:
+        raise UserError(
+            f"none of the {number['kept']} crystals kept falls in the train split: "
+            "give --split_fractions=1,0,0 or --split_ids"
+        )
+
+
+def make_builder(work: Work, selection: Selection, statistics: dict[str, Any], about: dict[str, Any]) -> UniMatBuilder:
+    from data_prep.builders import BUILDERS  # imports TFDS, which takes a second
+
+    metadata = {"notes": about["notes"], "properties": statistics["properties"], "cell": about["options"]["cell"]}
+    properties = sorted(selection.columns)
+    return BUILDERS[about["dataset"]](work=work, properties=properties, metadata=metadata, data_dir=str(work.directory))
 
 
 def write_shards(work: Work, pool: Pool, builder: UniMatBuilder, properties: list[str], num_shards: int | None) -> Path:

@@ -17,17 +17,25 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 from data_prep.atomic import write_json
 from data_prep.beam import BeamWorkers, build_with_tfds, parse_on_beam, pipeline_options
-from data_prep.build import check_place, choose, put_in_place, write_dropped, write_shards
+from data_prep.build import (
+    check_place,
+    check_something_is_left,
+    choose,
+    make_builder,
+    put_in_place,
+    write_dropped,
+    write_shards,
+)
 from data_prep.choosing import Work, ids_not_found
 from data_prep.datasets import DATASETS, Column, notes_of, source_files
 from data_prep.parse_pool import CellOptions
 from data_prep.parse_stage import choose_num_workers, open_directory, parse_into
-from data_prep.report import DROPPED, REPORT, STATISTICS, fingerprint, make_report, table
-from data_prep.selection import Filters, Selection, SplitRule, Summary, counts, select
+from data_prep.report import REPORT, STATISTICS, fingerprint, make_report, make_statistics, table
+from data_prep.selection import Filters, SplitRule, counts, select
 from data_prep.shards import SPLITS, VERSION
 from data_prep.splits import read_property_table, read_split_ids
 from data_prep.spool import PART_SIZE, Spool
@@ -35,9 +43,6 @@ from data_prep.tasks import Workers
 from unimat_jax.cli import Parser, run_program
 from unimat_jax.errors import UserError
 from unimat_jax.periodic_table import atomic_number
-
-if TYPE_CHECKING:
-    from data_prep.builders import UniMatBuilder
 
 
 def prepare(
@@ -71,8 +76,8 @@ def prepare(
 
     dataset: a name of `datasets.DATASETS`. properties: "NAME:UNIT[:FUNCTIONAL[:CORRECTION]]". property_table: a
     CSV whose numbers are joined by id. num_workers: 0 parses in this process, None takes every core where there is text
-    to parse. A finished data set with the same options and source is left as it is, an interrupted one goes on, and
-    ends with the same bytes. Raises UserError with the field,
+    to parse. beam_pipeline_options: "runner=NAME,..." for Apache Beam. A finished data set with the same options and
+    source is left as it is, an interrupted one goes on, and ends with the same bytes. Raises UserError with the field,
     the value and the remedy.
     """
     start = time.monotonic()
@@ -135,12 +140,12 @@ def prepare(
                 pool = BeamWorkers(work, beam_options)
             open_directory(work.directory, options)
             summary = choose(work, pool)
-            _check_something_is_left(work, summary, files, unfinished, about)
+            check_something_is_left(work, summary, files, unfinished, about)
             added = {name for row in extra.values() for name in row}
             columns = (declared, ignore_properties, added)
             selection = select(summary, DATASETS[dataset], *columns, ids_not_found(work))
-            statistics = _statistics(selection, cell, files, about)
-            builder = _builder(work, selection, statistics, about)
+            statistics = make_statistics(selection, cell, files, about, SPLITS)
+            builder = make_builder(work, selection, statistics, about)
             if beam_options is None:
                 built = write_shards(work, pool, builder, sorted(selection.columns), num_shards)
             else:
@@ -198,52 +203,6 @@ def _differences(before: Any, now: Any, name: str = "") -> list[str]:
 
 def _sha256(path: str | Path | None) -> str | None:
     return None if path is None else hashlib.sha256(Path(path).read_bytes()).hexdigest()
-
-
-def _check_something_is_left(
-    work: Work, summary: Summary, files: dict[str, Path], directory: Path, about: dict[str, Any]
-) -> None:
-    number = counts(summary)
-    reasons = ", ".join(f"{count} {reason}" for reason, count in number["dropped"].items()) or "the source is empty"
-    if not number["kept"]:
-        write_json(directory / REPORT, {**about, **number, "dropped_structures": summary.first_dropped})
-        write_dropped(work, directory)
-        raise UserError(
-            f"no crystal is left of {number['read']} read ({reasons}): {directory / REPORT} tells, {DROPPED} beside it "
-            "names each"
-        )
-    if "" in files and not summary.kept_of_split[0]:
-        raise UserError(
-            f"none of the {number['kept']} crystals kept falls in the train split: "
-            "give --split_fractions=1,0,0 or --split_ids"
-        )
-
-
-def _statistics(
-    selection: Selection, cell: CellOptions, files: dict[str, Path], about: dict[str, Any]
-) -> dict[str, Any]:
-    notes, kept = list(about["notes"]), selection.summary.kept_of_split
-    if not kept[0]:
-        notes.append("statistics of all crystals, as there is no train split")
-    described = {name: column.to_json() for name, column in selection.columns.items()}
-    return {
-        "dataset": about["dataset"],
-        "num_examples": {split: kept[i] for i, split in enumerate(SPLITS) if kept[i]},
-        **selection.statistics.to_json(described),
-        "niggli": cell.niggli,
-        "primitive": cell.primitive,
-        "tolerance": {"niggli": cell.niggli_tolerance, "primitive": cell.primitive_tolerance},
-        "source": {"name": ", ".join(p.name for p in files.values()), **about["options"]["source"]},
-        "notes": notes,
-    }
-
-
-def _builder(work: Work, selection: Selection, statistics: dict[str, Any], about: dict[str, Any]) -> UniMatBuilder:
-    from data_prep.builders import BUILDERS  # imports TFDS, which takes a second
-
-    metadata = {"notes": about["notes"], "properties": statistics["properties"], "cell": about["options"]["cell"]}
-    properties = sorted(selection.columns)
-    return BUILDERS[about["dataset"]](work=work, properties=properties, metadata=metadata, data_dir=str(work.directory))
 
 
 def _elements(symbols: Sequence[str] | None) -> frozenset[str] | None:

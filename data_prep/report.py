@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from data_prep.parse_pool import CellOptions
 from data_prep.selection import Selection, counts
 
 REPORT = "data_report.json"
@@ -57,6 +58,26 @@ def make_report(
         "columns_not_used": selection.unused_columns,
         "split_ids_not_found": selection.ids_not_found,
         "dropped_structures": dict(selection.summary.first_dropped),
+    }
+
+
+def make_statistics(
+    selection: Selection, cell: CellOptions, files: dict[str, Path], about: dict[str, Any], splits: tuple[str, ...]
+) -> dict[str, Any]:
+    """statistics.json: of the train split, what a model needs to know before it sees the data."""
+    notes, kept = list(about["notes"]), selection.summary.kept_of_split
+    if not kept[0]:
+        notes.append("statistics of all crystals, as there is no train split")
+    described = {name: column.to_json() for name, column in selection.columns.items()}
+    return {
+        "dataset": about["dataset"],
+        "num_examples": {split: kept[i] for i, split in enumerate(splits) if kept[i]},
+        **selection.statistics.to_json(described),
+        "niggli": cell.niggli,
+        "primitive": cell.primitive,
+        "tolerance": {"niggli": cell.niggli_tolerance, "primitive": cell.primitive_tolerance},
+        "source": {"name": ", ".join(p.name for p in files.values()), **about["options"]["source"]},
+        "notes": notes,
     }
 
 

@@ -3,17 +3,15 @@
 import csv
 import io
 import json
-import os
-import signal
 import subprocess
 import sys
-import time
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from bomb import Bomb
 from crystal_cases import difference, perovskite, quartz, random_crystal, same_up_to_proper_rotation, space_group
 from shared_data import data_dir, load
 
@@ -485,23 +483,7 @@ def test_filters_name_each_crystal(tmp_path):
 
 
 def _hangs_or_dies(kind: str) -> RawStructure:
-    return RawStructure(kind, kind, "arrays", _Bomb(kind))
-
-
-class _Bomb(dict):
-    """A payload that, when looked into, never returns or takes its process along."""
-
-    def __init__(self, kind: str):
-        super().__init__()
-        self.kind = kind
-
-    def get(self, *_):
-        if self.kind == "hangs":
-            time.sleep(600)
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    def __reduce__(self):
-        return _Bomb, (self.kind,)
+    return RawStructure(kind, kind, "arrays", Bomb(kind))
 
 
 def test_a_crash_and_a_hang_cost_one_structure_each(tmp_path):
