@@ -169,7 +169,7 @@ def _one_error_for_a_full_disk(directory: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         raise UserError(
             f"{directory} cannot be written ({error.strerror}): make room and give the same command again, which goes "

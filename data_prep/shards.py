@@ -125,7 +125,7 @@ def write_shard(work: Work, told: tuple[Path, Shard]) -> None:
                     number += 1
             writer.close()
         except RuntimeError as error:
-            raise OSError(errno.EIO, str(error), str(path)) from error
+            raise OSError(errno.ENOSPC, str(error), str(path)) from error  # it says which
         assert number == shard.num_records
 
 

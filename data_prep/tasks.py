@@ -39,7 +39,8 @@ class Workers:
         """function(work, told, *settings) for each task that is not done. An exception in one ends all."""
         tasks = list(tasks)
         open_tasks = [task for task in tasks if not task[0].exists()]
-        with progress_bar(description, "part", len(tasks), len(tasks) - len(open_tasks), self._quiet) as bar:
+        done = len(tasks) - len(open_tasks)
+        with progress_bar(description, "part", len(tasks), done, self._quiet, leave=False) as bar:
             if self._num_workers > 1 and len(open_tasks) > 1:
                 try:
                     for future in as_completed(self._submit(function, open_tasks, settings)):
@@ -49,8 +50,8 @@ class Workers:
                 except BrokenProcessPool:
                     print("going on in one process, as the others died", file=sys.stderr)
                     self._num_workers = 0
-            for done, told in open_tasks:
-                if not done.exists():
+            for file, told in open_tasks:
+                if not file.exists():
                     function(self._work, told, *settings)
                     bar.update()
 
@@ -66,10 +67,10 @@ class Workers:
         return [self._pool.submit(_call, function, told, settings) for _, told in tasks]
 
 
-def progress_bar(description: str, unit: str, total: int | None, done: int, quiet: bool) -> tqdm:
+def progress_bar(description: str, unit: str, total: int | None, done: int, quiet: bool, leave: bool = True) -> tqdm:
     interval = 0.2 if sys.stderr.isatty() else 10.0  # a log file wants few lines
     settings: dict[str, Any] = {"unit": unit, "file": sys.stderr, "mininterval": interval, "disable": quiet}
-    return tqdm(desc=description, total=total, initial=done, leave=sys.stderr.isatty(), **settings)
+    return tqdm(desc=description, total=total, initial=done, leave=leave, **settings)
 
 
 _held: Any = None
