@@ -9,6 +9,7 @@ limit, no error was an unexpected one, and every record is finite and gives a cr
 from __future__ import annotations
 
 import importlib.metadata
+import io
 import json
 import resource
 import sys
@@ -25,7 +26,8 @@ from tqdm import tqdm
 from benchmarks.fingerprints import commit, machine
 from benchmarks.fuzz_files import FORMATS, make
 from data_prep.datasets import source_files
-from data_prep.parse_pool import CellOptions, Item, Outcome, parse_all
+from data_prep.outcome import Outcome, read_outcome
+from data_prep.parse_pool import CellOptions, Item, parse_all
 from unimat_jax.cli import Parser, run_program
 from unimat_jax.crystal import Crystal
 from unimat_jax.errors import UserError
@@ -106,7 +108,9 @@ def fuzz(number: int, seed: int, *, num_workers: int, time_limit: float, damages
     begin = time.monotonic()
     with tempfile.TemporaryDirectory() as directory:
         outcomes = parse_all(items(Path(directory)), CellOptions(), num_workers=num_workers, time_limit=time_limit)
-        for outcome in outcomes:
+        for written in outcomes:
+            outcome = read_outcome(io.BytesIO(written))
+            assert outcome is not None
             note(int(outcome.split), *_judge(outcome))
     for index in set(range(number)) - seen.keys():
         note(index, "no_outcome")

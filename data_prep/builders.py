@@ -1,25 +1,22 @@
-"""TFDS builders: parsed crystals -> sharded ArrayRecord files of sparse UniMat records. No TensorFlow is imported.
+"""What TFDS has to know of the data sets, and the files in which it keeps that. No TensorFlow is imported.
 
 Read them with `tfds.builder_from_directory(path).as_data_source(split)`; `data_prep.prepare` makes them.
 """
 
 from __future__ import annotations
 
-import contextlib
-import io
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
+from tensorflow_datasets.core.splits import SplitDict
 
+from data_prep.choosing import Work, merged_summary
 from data_prep.datasets import DATASETS, feature_name
-from data_prep.spool import Spool
-
-VERSION = "1.0.0"
-SPLITS = ("train", "validation", "test")
+from data_prep.shards import SPLITS, VERSION
 
 
 class UniMatBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -28,12 +25,8 @@ class UniMatBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
     VERSION = tfds.core.Version(VERSION)
 
-    def __init__(
-        self, *, spool: Spool, split_of: bytearray, properties: Sequence[str], metadata: dict[str, Any], **kwargs
-    ):
-        """split_of: for each entry of the spool the index in SPLITS, 255 where it is dropped."""
-        self._spool = spool
-        self._split_of = split_of
+    def __init__(self, *, work: Work, properties: Sequence[str], metadata: dict[str, Any], **kwargs):
+        self._work = work
         self._properties = tuple(properties)
         self._about = metadata
         super().__init__(file_format="array_record", **kwargs)
@@ -58,14 +51,41 @@ class UniMatBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         )
 
     def _split_generators(self, dl_manager):
-        return {SPLITS[index]: self._generate_examples(index) for index in range(3) if index in self._split_of}
+        """For Apache Beam; on one machine `data_prep.shards` writes the records."""
+        kept = merged_summary(self._work).kept_of_split
+        return {split: self._generate_examples(index) for index, split in enumerate(SPLITS) if kept[index]}
 
-    def _generate_examples(self, split: int) -> Iterator[tuple[str, dict[str, Any]]]:
-        for outcome, code in zip(self._spool, self._split_of, strict=True):
-            if code == split and outcome.record is not None:
-                values = {feature_name(name): value for name, value in outcome.properties.items()}
-                properties = {name: np.float32(values.get(name, math.nan)) for name in self._properties}
-                yield outcome.uid, {"material_id": outcome.uid, **outcome.record, "properties": properties}
+    def _generate_examples(self, split: int):
+        import apache_beam as beam
+
+        parts = beam.Create(range(self._work.spool.num_parts)) | beam.Reshuffle()
+        return parts | beam.FlatMap(examples_of_part, self._work, split, self._properties)
+
+    def write_info(self, directory: Path, splits: Mapping[str, tuple[Sequence[int], int]]) -> None:
+        """dataset_info.json, features.json and metadata of the shards in `directory`. splits: name -> number of records
+        in each shard, and bytes of all."""
+        infos = [
+            tfds.core.SplitInfo(
+                name=name,
+                shard_lengths=list(lengths),
+                num_bytes=num_bytes,
+                filename_template=self._get_filename_template(name),
+            )
+            for name, (lengths, num_bytes) in splits.items()
+        ]
+        self.info.set_splits(SplitDict(infos))
+        self.info.write_to_directory(directory)
+
+
+def examples_of_part(
+    part: int, work: Work, split: int, properties: Sequence[str]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(key, example) of each chosen structure, as TFDS takes them."""
+    for outcome, found, _, _ in work.judged(part):
+        if found == split and outcome.record is not None:
+            values = {feature_name(name): value for name, value in outcome.properties.items()}
+            chosen = {name: np.float32(values.get(name, math.nan)) for name in properties}
+            yield outcome.uid, {"material_id": outcome.uid, **outcome.record, "properties": chosen}
 
 
 class Perov5(UniMatBuilder):
@@ -192,15 +212,3 @@ _ALL = (
     Crystals,
 )
 BUILDERS = {builder.name: builder for builder in _ALL}
-
-
-def build(builder: UniMatBuilder, scratch: Path, num_shards: int | None = None) -> Path:
-    """Writes the shards and returns their directory; TFDS wants a `scratch` directory for downloads, of which there are
-    none."""
-    tfds.disable_progress_bar()
-    settings = tfds.download.DownloadConfig(
-        try_download_gcs=False, compute_stats=tfds.download.ComputeStatsMode.SKIP, num_shards=num_shards
-    )
-    with contextlib.redirect_stdout(io.StringIO()):  # TFDS tells of downloads that are none
-        builder.download_and_prepare(download_dir=str(scratch), download_config=settings)
-    return Path(builder.data_dir)

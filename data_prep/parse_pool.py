@@ -10,17 +10,19 @@ import multiprocessing
 import signal
 import sys
 import time
-from collections import deque
 from collections.abc import Iterable, Iterator
 from multiprocessing import connection
 
 import numpy as np
 
+from data_prep.outcome import Outcome
 from unimat_jax.crystal import CrystalError
 from unimat_jax.representation import encode
 from unimat_jax.structure_files import RawStructure, parse
 
 CHUNK_SIZE = 32
+SEND_EVERY = 0.1
+"""Seconds after which a worker sends what it has; a message for each structure would cost as much as many a parse."""
 START_LIMIT = 180.0
 """Seconds that a worker may take to start; a structure's own limit counts from then."""
 
@@ -33,21 +35,6 @@ class CellOptions:
     niggli: bool = True
     primitive_tolerance: float = 0.01
     niggli_tolerance: float = 1e-5
-
-
-@dataclasses.dataclass(frozen=True)
-class Outcome:
-    """What became of one raw structure. reason is "" and record is there, or reason and message say why not."""
-
-    split: str
-    uid: str
-    origin: str
-    reason: str = ""
-    message: str = ""
-    record: dict[str, np.ndarray] | None = None
-    properties: dict[str, float] = dataclasses.field(default_factory=dict)
-    texts: dict[str, str] = dataclasses.field(default_factory=dict)
-    changes: tuple[str, ...] = ()
 
 
 Item = tuple[str, RawStructure]
@@ -87,14 +74,14 @@ def _same_cell(a: np.ndarray, b: np.ndarray) -> bool:
 
 def parse_all(
     items: Iterable[Item], cell: CellOptions, *, num_workers: int, time_limit: float = 60.0
-) -> Iterator[Outcome]:
-    """One Outcome per item, in the items' order whatever the number of workers.
+) -> Iterator[bytes]:
+    """One outcome per item (`Outcome.to_bytes`), in the items' order whatever the number of workers.
 
     num_workers 0 parses in this process, without protection from crashes and hangs; time_limit: seconds a structure.
     """
     if num_workers == 0:
         for item in items:
-            yield prepare_one(item, cell)
+            yield prepare_one(item, cell).to_bytes()
         return
     yield from _Pool(items, cell, num_workers, time_limit).run()
 
@@ -110,7 +97,8 @@ class _Worker:
         self.ready = False
         self.chunk_index = -1
         self.items: list[Item] = []
-        self.outcomes: list[Outcome] = []
+        self.outcomes: list[bytes] = []
+        self.one_by_one = False
         self.deadline = time.monotonic() + START_LIMIT
 
     @property
@@ -119,7 +107,7 @@ class _Worker:
 
     def send(self, time_limit: float) -> None:
         self.deadline = time.monotonic() + time_limit
-        self.pipe.send(self.items[len(self.outcomes) :])
+        self.pipe.send((self.items[len(self.outcomes) :], self.one_by_one))
 
     def stop(self) -> None:
         self.pipe.close()
@@ -135,10 +123,10 @@ class _Pool:
         self.time_limit = time_limit
         self.next_chunk = 0
         self.max_ahead = 8 * num_workers
-        self.done: dict[int, list[Outcome]] = {}
+        self.done: dict[int, list[bytes]] = {}
         self.workers = [_Worker(cell) for _ in range(num_workers)]
 
-    def run(self) -> Iterator[Outcome]:
+    def run(self) -> Iterator[bytes]:
         emitted = 0
         try:
             while True:
@@ -168,6 +156,7 @@ class _Pool:
         if not chunk:
             return
         worker.chunk_index, worker.items, worker.outcomes = self.next_chunk, chunk, []
+        worker.one_by_one = False
         self.next_chunk += 1
         self._send(worker)
 
@@ -189,7 +178,7 @@ class _Pool:
             if worker.items:
                 self._send(worker)
             return
-        worker.outcomes.append(message)
+        worker.outcomes += message
         worker.deadline = time.monotonic() + self.time_limit
         self._finish(worker)
 
@@ -199,16 +188,19 @@ class _Pool:
             worker.items, worker.outcomes = [], []
 
     def _replace(self, index: int, reason: str, message: str) -> None:
-        """A new worker goes on after the structure that the old one did not survive."""
+        """A new worker goes on after the structure that the old one did not survive. Which one that was is known only
+        where outcomes come one by one: else the new worker does so with what is left of the chunk."""
         old = self.workers[index]
         old.stop()
         if not old.ready:
             raise WorkersDoNotStart
         new = _Worker(self.cell)
         new.chunk_index, new.items, new.outcomes = old.chunk_index, old.items, old.outcomes
-        if old.busy:
+        new.one_by_one = True
+        if old.busy and (old.one_by_one or len(old.items) - len(old.outcomes) == 1):
             split, raw = old.items[len(old.outcomes)]
-            new.outcomes.append(Outcome(split, raw.uid, raw.origin, reason, f"{raw.origin}: {message}"))
+            outcome = Outcome(split, raw.uid, raw.origin, reason, f"{raw.origin}: {message}")
+            new.outcomes.append(outcome.to_bytes())
             self._finish(new)
         self.workers[index] = new
 
@@ -222,10 +214,16 @@ def _serve(pipe: connection.Connection, cell: CellOptions) -> None:
     import spglib  # noqa: F401  what takes long to import is imported before "ready"
     from pymatgen.io.cif import CifParser  # noqa: F401
 
-    pipe.send("ready")
     try:
+        pipe.send("ready")
         while True:
-            for item in deque(pipe.recv()):
-                pipe.send(prepare_one(item, cell))
-    except (EOFError, BrokenPipeError):
+            items, one_by_one = pipe.recv()
+            ready, since = [], time.monotonic()
+            for number, item in enumerate(items, 1):
+                ready.append(prepare_one(item, cell).to_bytes())
+                now = time.monotonic()
+                if one_by_one or number == len(items) or now - since > SEND_EVERY:
+                    pipe.send(ready)
+                    ready, since = [], now
+    except (EOFError, OSError):  # the parent is gone
         sys.exit(0)

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
 import sys
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
+import numpy as np
 
 from data_prep.datasets import scan_all
-from data_prep.parse_pool import CellOptions, Item, Outcome, WorkersDoNotStart, parse_all
+from data_prep.outcome import is_failure
+from data_prep.parse_pool import CellOptions, WorkersDoNotStart, parse_all
 from data_prep.spool import Spool
+from data_prep.tasks import progress_bar
 from unimat_jax.errors import UserError
 
 _QUICK_SUFFIXES = (".npz", ".parquet", ".db")
@@ -22,15 +26,15 @@ _QUICK_SUFFIXES = (".npz", ".parquet", ".db")
 _QUICK_BYTES = 2**22
 
 
-def open_spool(directory: Path, parsing: dict[str, Any], extra: dict[str, dict[str, float]]) -> Spool:
-    """The spool of an interrupted run on the same source and cell options, or a new one."""
-    wanted = json.dumps(parsing, sort_keys=True)
-    about = directory / "parsing.json"
+def open_directory(directory: Path, options: dict[str, Any]) -> Path:
+    """The directory that an interrupted run made with the same options, or an empty one."""
+    wanted = json.dumps(options, sort_keys=True)
+    about = directory / "options.json"
     if not about.exists() or about.read_text() != wanted:
         shutil.rmtree(directory, ignore_errors=True)
         directory.mkdir(parents=True)
         about.write_text(wanted)
-    return Spool(directory / "outcomes.bin", extra)
+    return directory
 
 
 def parse_into(
@@ -38,44 +42,63 @@ def parse_into(
 ) -> None:
     """Appends the outcome of every structure that the spool does not hold yet."""
     already = spool.resume()
-    total = sum(1 for _ in scan_all(files))
+    if spool.size is not None:
+        return
     if already and not quiet:
-        print(f"continuing after {already} of {total} structures that an interrupted run had read")
+        print(f"continuing after {already} structures that an interrupted run had read")
     failures = 0
-    interval = 0.2 if sys.stderr.isatty() else 10.0  # a log file wants few lines
-    with tqdm(
-        total=total,
-        initial=already,
-        unit="crystal",
-        desc="reading",
-        disable=quiet,
-        file=sys.stderr,
-        mininterval=interval,
-    ) as bar:
-        for outcome in spool.append(_outcomes(files, cell, num_workers, time_limit, already)):
-            failures += bool(outcome.reason)
+    with progress_bar("reading", "crystal", expected_number(files), already, quiet) as bar:
+        for outcome in spool.append(_outcomes(files, cell, num_workers, time_limit, already), already):
             bar.update()
-            if outcome.reason:
+            if is_failure(outcome):
+                failures += 1
                 bar.set_postfix(failed=failures, refresh=False)
+
+
+def expected_number(files: dict[str, Path]) -> int | None:
+    """Structures in the source, where its files tell without being read; None where they do not."""
+    total = 0
+    for root in files.values():
+        for path in root.rglob("*") if root.is_dir() else [root]:
+            number = _number_in(path)
+            if number is None:
+                return None
+            total += number
+    return total
+
+
+def _number_in(path: Path) -> int | None:
+    if path.is_dir():
+        return 0
+    try:
+        if path.suffix in (".cif", ".vasp", ".poscar"):
+            return 1  # nearly always
+        if path.suffix == ".npz":
+            with zipfile.ZipFile(path) as archive, archive.open("n_atoms.npy") as file:
+                np.lib.format.read_magic(file)
+                return np.lib.format.read_array_header_1_0(file)[0][0]
+        if path.suffix == ".parquet":
+            import pyarrow.parquet
+
+            return pyarrow.parquet.read_metadata(path).num_rows
+    except Exception:  # a damaged file: reading it tells what is wrong
+        return 1
+    return None
 
 
 def _outcomes(
     files: dict[str, Path], cell: CellOptions, num_workers: int, time_limit: float, skip: int
-) -> Iterator[Outcome]:
+) -> Iterator[bytes]:
     number = 0
     try:
-        for outcome in parse_all(_skipped(files, skip), cell, num_workers=num_workers, time_limit=time_limit):
+        for outcome in parse_all(
+            itertools.islice(scan_all(files), skip, None), cell, num_workers=num_workers, time_limit=time_limit
+        ):
             number += 1
             yield outcome
     except WorkersDoNotStart:
         print('parsing in one process (a script needs `if __name__ == "__main__":` for more)', file=sys.stderr)
-        yield from parse_all(_skipped(files, skip + number), cell, num_workers=0)
-
-
-def _skipped(files: dict[str, Path], skip: int) -> Iterator[Item]:
-    for index, item in enumerate(scan_all(files)):
-        if index >= skip:
-            yield item
+        yield from parse_all(itertools.islice(scan_all(files), skip + number, None), cell, num_workers=0)
 
 
 def choose_num_workers(asked: int | None, files: dict[str, Path]) -> int:

@@ -6,22 +6,40 @@ python -m data_prep.prepare --dataset=crystals --source=my_cifs/ --data_dir=data
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import errno
 import hashlib
 import json
 import shutil
+import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+from data_prep.atomic import write_json
+from data_prep.beam import BeamWorkers, build_with_tfds, parse_on_beam, pipeline_options
+from data_prep.build import (
+    check_place,
+    check_something_is_left,
+    choose,
+    make_builder,
+    put_in_place,
+    write_dropped,
+    write_shards,
+)
+from data_prep.choosing import Work, ids_not_found
 from data_prep.datasets import DATASETS, Column, notes_of, source_files
 from data_prep.parse_pool import CellOptions
-from data_prep.parse_stage import choose_num_workers, open_spool, parse_into
-from data_prep.report import REPORT, STATISTICS, fingerprint, make_report, table, write_json
-from data_prep.selection import Filters, Selection, SplitRule, counts, select
+from data_prep.parse_stage import choose_num_workers, open_directory, parse_into
+from data_prep.report import REPORT, STATISTICS, fingerprint, make_report, make_statistics, table
+from data_prep.selection import Filters, SplitRule, counts, select
+from data_prep.shards import SPLITS, VERSION
 from data_prep.splits import read_property_table, read_split_ids
+from data_prep.spool import PART_SIZE, Spool
+from data_prep.tasks import Workers
 from unimat_jax.cli import Parser, run_program
 from unimat_jax.errors import UserError
 from unimat_jax.periodic_table import atomic_number
@@ -50,17 +68,24 @@ def prepare(
     num_workers: int | None = None,
     time_limit: float = 60.0,
     overwrite: bool = False,
+    part_size: int = PART_SIZE,
+    beam_pipeline_options: str | None = None,
     quiet: bool = False,
 ) -> Path:
     """The directory `data_dir/dataset/1.0.0` with records, statistics.json and data_report.json.
 
     dataset: a name of `datasets.DATASETS`. properties: "NAME:UNIT[:FUNCTIONAL[:CORRECTION]]". property_table: a
     CSV whose numbers are joined by id. num_workers: 0 parses in this process, None takes every core where there is text
-    to parse. A finished data set with the same options and source is left as it is. Raises UserError with the field,
+    to parse. beam_pipeline_options: "runner=NAME,..." for Apache Beam. A finished data set with the same options and
+    source is left as it is, an interrupted one goes on, and ends with the same bytes. Raises UserError with the field,
     the value and the remedy.
     """
     start = time.monotonic()
     files = source_files(dataset, None if source is None else str(source))
+    beam_options = None
+    if beam_pipeline_options is not None:
+        beam_options = pipeline_options(beam_pipeline_options)
+        data_dir, files = Path(data_dir).resolve(), {split: path.resolve() for split, path in files.items()}
     cell = CellOptions(bool(primitive), niggli is None or niggli, primitive_tolerance, niggli_tolerance)
     declared = dict(_column(text) for text in properties)
     fractions = tuple(float(f) for f in split_fractions)
@@ -73,6 +98,9 @@ def prepare(
         raise UserError(f"--split_by={by}: choose 'id' or 'formula'")
     if time_limit <= 0:
         raise UserError(f"--time_limit={time_limit}: give seconds above 0")
+    for flag, value in (("part_size", part_size), ("num_shards", num_shards)):
+        if value is not None and value < 1:
+            raise UserError(f"--{flag}={value}: give 1 or more")
     rule = SplitRule(read_split_ids(split_ids) if split_ids else None, by, fractions, seed)
     filters = Filters(max_atoms, max_atoms_per_element, _elements(elements))
     parsing = {"cell": dataclasses.asdict(cell), "source": fingerprint(files)}
@@ -87,42 +115,66 @@ def prepare(
     }
     options = json.loads(json.dumps(options))  # as it will be read back
 
-    directory = Path(data_dir) / dataset / "1.0.0"
+    directory = Path(data_dir) / dataset / VERSION
+    unfinished = directory.with_name(f"{VERSION}.parsing")
     if _is_done(directory, options, overwrite):
+        shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed at its very end
         if not quiet:
             print(f"{directory} is done already: nothing to do (--overwrite makes it again)")
         return directory
 
-    parsing_directory = directory.with_name("1.0.0.parsing")
     extra = read_property_table(property_table) if property_table else {}
-    spool = open_spool(parsing_directory, parsing, extra)
-    parse_into(spool, files, cell, choose_num_workers(num_workers, files), time_limit, quiet)
-    added = {name for row in extra.values() for name in row}
-    selection = select(spool, filters, rule, DATASETS[dataset], declared, ignore_properties, added)
+    workers = choose_num_workers(num_workers, files)
     about = {"dataset": dataset, "notes": notes_of(dataset, files), "options": options}
-    report_start = {**about, **counts(selection), "dropped_structures": selection.dropped}
-    _check_something_is_left(selection, files, parsing_directory / REPORT, report_start)
-
-    from data_prep.builders import BUILDERS, SPLITS, build  # imports TFDS, which takes a second
-
-    statistics = _statistics(selection, cell, files, about, SPLITS)
-    _make_way(directory)
-    metadata = {"notes": about["notes"], "properties": statistics["properties"], "cell": parsing["cell"]}
-    builder = BUILDERS[dataset](
-        **{"spool": spool, "split_of": selection.split_of, "properties": sorted(selection.columns)},
-        metadata=metadata,
-        data_dir=str(data_dir),
-    )
-    built = build(builder, parsing_directory / "downloads", num_shards)
-    seconds = time.monotonic() - start
-    about |= {"seconds": round(seconds, 2), "crystals_per_second": round(len(selection.split_of) / seconds, 1)}
-    report = make_report(selection, built, about, SPLITS, dataset)
-    write_json(built / STATISTICS, statistics)
-    write_json(built / REPORT, report)  # last: its presence says that the data set is finished
-    shutil.rmtree(parsing_directory)
+    check_place(directory)
+    with _one_error_for_a_full_disk(unfinished):
+        open_directory(unfinished, {**parsing, "part_size": part_size, "beam": beam_pipeline_options is not None})
+        spool = Spool(unfinished / "parts", part_size, extra)
+        work = Work(spool, unfinished / "chosen", filters, rule)
+        with contextlib.ExitStack() as stack:
+            if beam_options is None:
+                parse_into(spool, files, cell, workers, time_limit, quiet)
+                pool = stack.enter_context(Workers(work, workers, quiet))
+            else:
+                parse_on_beam(beam_options, spool, files, cell, time_limit)
+                pool = BeamWorkers(work, beam_options)
+            open_directory(work.directory, options)
+            summary = choose(work, pool)
+            check_something_is_left(work, summary, files, unfinished, about)
+            added = {name for row in extra.values() for name in row}
+            columns = (declared, ignore_properties, added)
+            selection = select(summary, DATASETS[dataset], *columns, ids_not_found(work))
+            statistics = make_statistics(selection, cell, files, about, SPLITS)
+            builder = make_builder(work, selection, statistics, about)
+            if beam_options is None:
+                built = write_shards(work, pool, builder, sorted(selection.columns), num_shards)
+            else:
+                built = build_with_tfds(builder, beam_options, num_shards)
+        write_json(built / STATISTICS, statistics)
+        write_dropped(work, built)
+        seconds = time.monotonic() - start
+        kept = counts(summary)["kept"]
+        about |= {"seconds": round(seconds, 2), "crystals_per_second": round(kept / seconds, 1)}
+        report = make_report(selection, built, about, SPLITS, dataset)
+        write_json(built / REPORT, report)
+        put_in_place(built, directory)
+        shutil.rmtree(unfinished)
     if not quiet:
-        print(table(report, built))
-    return built
+        print(table(report, directory))
+    return directory
+
+
+@contextlib.contextmanager
+def _one_error_for_a_full_disk(directory: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise UserError(
+            f"{directory} cannot be written ({error.strerror}): make room and give the same command again, which goes "
+            "on with what is finished"
+        ) from error
 
 
 def _is_done(directory: Path, options: dict[str, Any], overwrite: bool) -> bool:
@@ -138,15 +190,6 @@ def _is_done(directory: Path, options: dict[str, Any], overwrite: bool) -> bool:
     )
 
 
-def _make_way(directory: Path) -> None:
-    """Takes away the data set that is to be made again, and what killed runs of TFDS left; nothing else."""
-    leftovers = [*directory.parent.glob(f"incomplete.*_{directory.name}"), directory]
-    for path in leftovers:
-        if path == directory and any(path.glob("*")) and not (path / "dataset_info.json").exists():
-            raise UserError(f"{path} is there and is no data set: move it away, or choose another --data_dir")
-        shutil.rmtree(path, ignore_errors=True)
-
-
 def _differences(before: Any, now: Any, name: str = "") -> list[str]:
     """The leaves in which two JSON trees differ, as "name: before, now ..."."""
     if isinstance(before, dict) and isinstance(now, dict):
@@ -160,40 +203,6 @@ def _differences(before: Any, now: Any, name: str = "") -> list[str]:
 
 def _sha256(path: str | Path | None) -> str | None:
     return None if path is None else hashlib.sha256(Path(path).read_bytes()).hexdigest()
-
-
-def _check_something_is_left(
-    selection: Selection, files: dict[str, Path], report: Path, content: dict[str, Any]
-) -> None:
-    number = counts(selection)
-    reasons = ", ".join(f"{count} {reason}" for reason, count in number["dropped"].items()) or "the source is empty"
-    if not number["kept"]:
-        write_json(report, content)
-        raise UserError(f"no crystal is left of {number['read']} read ({reasons}): {report} names each")
-    if "" in files and not selection.kept_of_split[0]:
-        raise UserError(
-            f"none of the {number['kept']} crystals kept falls in the train split: "
-            "give --split_fractions=1,0,0 or --split_ids"
-        )
-
-
-def _statistics(
-    selection: Selection, cell: CellOptions, files: dict[str, Path], about: dict[str, Any], splits: tuple[str, ...]
-) -> dict[str, Any]:
-    notes = list(about["notes"])
-    if not selection.kept_of_split[0]:
-        notes.append("statistics of all crystals, as there is no train split")
-    described = {name: column.to_json() for name, column in selection.columns.items()}
-    return {
-        "dataset": about["dataset"],
-        "num_examples": {s: selection.kept_of_split[i] for i, s in enumerate(splits) if selection.kept_of_split[i]},
-        **selection.statistics.to_json(described),
-        "niggli": cell.niggli,
-        "primitive": cell.primitive,
-        "tolerance": {"niggli": cell.niggli_tolerance, "primitive": cell.primitive_tolerance},
-        "source": {"name": ", ".join(p.name for p in files.values()), **about["options"]["source"]},
-        "notes": notes,
-    }
 
 
 def _elements(symbols: Sequence[str] | None) -> frozenset[str] | None:
@@ -257,6 +266,8 @@ def _parser() -> Parser:
     add("--num_shards", type=int, help="files a split (default: by size)")
     add("--num_workers", type=int, help="processes that parse (default: every core)")
     add("--time_limit", type=float, default=60.0, help="seconds a structure may take to parse (default 60)")
+    add("--part_size", type=int, default=PART_SIZE, help="structures a stage takes at a time (default: %(default)s)")
+    add("--beam_pipeline_options", help="build on Apache Beam: runner=FlinkRunner,flink_master=HOST:PORT,...")
     add("--overwrite", action="store_true", help="make a finished data set again")
     return parser
 
@@ -272,8 +283,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         flags["split_fractions"] = [float(f) for f in flags["split_fractions"]]
     except ValueError as error:
         raise UserError(f"--split_fractions: {error}: write three numbers as in 0.9,0.05,0.05") from error
-    prepare(**flags)
+    before = signal.signal(signal.SIGTERM, _stop)
+    try:
+        prepare(**flags)
+    except KeyboardInterrupt as stop:
+        print("stopped: the same command goes on from here", file=sys.stderr)
+        return 143 if stop.args else 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
     return 0
+
+
+def _stop(*_: Any) -> NoReturn:
+    raise KeyboardInterrupt("SIGTERM")
 
 
 if __name__ == "__main__":

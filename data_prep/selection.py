@@ -5,18 +5,19 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from data_prep.datasets import Column, DataSet, feature_name
-from data_prep.parse_pool import Outcome
+from data_prep.outcome import Outcome
 from data_prep.splits import reduced_formula, split_of_hash
 from data_prep.statistics import Statistics
 from unimat_jax.errors import UserError
 from unimat_jax.periodic_table import ATOMIC_NUMBERS, SYMBOLS
 
-DROPPED = 255
+NUM_SHOWN = 5
+"""Dropped structures of each reason that the report names; all are in dropped.jsonl."""
 _SPLIT_INDEX = {"train": 0, "validation": 1, "test": 2}
 _FUNCTIONAL_COLUMNS = {"functional", "xc", "xc_functional", "dft_functional", "run_type", "calc_type"}
 _ENERGY = re.compile(r"energy|e_form|e_hull|ehull|e_above|heat_|enthalpy|toten|decomposition", re.IGNORECASE)
@@ -67,71 +68,105 @@ class SplitRule:
 
 
 @dataclasses.dataclass
-class Selection:
-    """The decision on every entry of the spool. split_of: index in builders.SPLITS, or DROPPED."""
+class Summary:
+    """What has to be known of the parsed structures of a part; that of all parts is merged in their order."""
 
-    split_of: bytearray
-    dropped: dict[str, list[dict[str, str]]]
-    changed: Counter[str]
+    read: int = 0
+    dropped: Counter[str] = dataclasses.field(default_factory=Counter)
+    first_dropped: dict[str, list[dict[str, str]]] = dataclasses.field(default_factory=dict)
+    changed: Counter[str] = dataclasses.field(default_factory=Counter)
+    numeric: Counter[str] = dataclasses.field(default_factory=Counter)
+    textual: Counter[str] = dataclasses.field(default_factory=Counter)
+    functionals: dict[str, Counter[str]] = dataclasses.field(default_factory=dict)
+    kept_of_split: Counter[int] = dataclasses.field(default_factory=Counter)
+    statistics: tuple[Statistics, ...] = dataclasses.field(
+        default_factory=lambda: tuple(Statistics() for _ in range(3))
+    )
+
+    def keep(self, outcome: Outcome, split: int) -> None:
+        assert outcome.record is not None
+        self.read += 1
+        self.kept_of_split[split] += 1
+        self.changed.update(outcome.changes)
+        self.numeric.update(name for name, value in outcome.properties.items() if math.isfinite(value))
+        self.textual.update(outcome.texts.keys())
+        for name in outcome.texts.keys() & _FUNCTIONAL_COLUMNS:
+            self.functionals.setdefault(name, Counter())[outcome.texts[name]] += 1
+        properties = {feature_name(name): value for name, value in outcome.properties.items()}
+        self.statistics[split].add(outcome.record, properties)
+
+    def drop(self, reason: str, described: dict[str, str]) -> None:
+        self.read += 1
+        self.dropped[reason] += 1
+        if self.dropped[reason] <= NUM_SHOWN:
+            self.first_dropped.setdefault(reason, []).append(described)
+
+    def merge(self, later: Summary) -> None:
+        self.read += later.read
+        for name in ("dropped", "changed", "numeric", "textual", "kept_of_split"):
+            getattr(self, name).update(getattr(later, name))
+        for name, values in later.functionals.items():
+            self.functionals.setdefault(name, Counter()).update(values)
+        for reason, described in later.first_dropped.items():
+            self.first_dropped[reason] = [*self.first_dropped.get(reason, ()), *described][:NUM_SHOWN]
+        for mine, theirs in zip(self.statistics, later.statistics, strict=True):
+            mine.merge(theirs)
+
+    def state(self) -> dict[str, Any]:
+        """For JSON, exact."""
+        return vars(self) | {"statistics": [s.state() for s in self.statistics]}
+
+    @classmethod
+    def of_state(cls, state: dict[str, Any]) -> Summary:
+        counters = ("dropped", "changed", "numeric", "textual")
+        return cls(
+            read=state["read"],
+            first_dropped=state["first_dropped"],
+            functionals={name: Counter(values) for name, values in state["functionals"].items()},
+            kept_of_split=Counter({int(split): count for split, count in state["kept_of_split"].items()}),
+            statistics=tuple(Statistics.of_state(s) for s in state["statistics"]),
+            **{name: Counter(state[name]) for name in counters},
+        )
+
+
+@dataclasses.dataclass
+class Selection:
+    """The property columns by feature name, why each other column is none, and the statistics: of the train split, or
+    of all crystals where there is none."""
+
+    summary: Summary
     columns: dict[str, Column]
     unused_columns: dict[str, str]
+    changed: Counter[str]
     statistics: Statistics
-    kept_of_split: Counter[int]
     ids_not_found: list[str]
 
 
 def select(
-    outcomes: Iterable[Outcome],
-    filters: Filters,
-    rule: SplitRule,
+    summary: Summary,
     dataset: DataSet,
     declared: Mapping[str, Column],
     ignored: Iterable[str],
     added: Iterable[str] = (),
+    ids_not_found: Iterable[str] = (),
 ) -> Selection:
-    """Reads the outcomes once. declared: columns described by the user; ignored: columns to leave out; added: columns
-    that the user joined. UserErrors: mixed functionals, a declared column that does not exist."""
-    split_of = bytearray()
-    dropped: dict[str, list[dict[str, str]]] = defaultdict(list)
-    changed: Counter[str] = Counter()
-    statistics, everything = Statistics(), Statistics()
-    seen: dict[str, str] = {}
-    numeric: Counter[str] = Counter()
-    textual: Counter[str] = Counter()
-    functionals: dict[str, Counter[str]] = defaultdict(Counter)
-    kept: Counter[int] = Counter()
-    for outcome in outcomes:
-        reason, message, split = outcome.reason, outcome.message, None
-        if outcome.record is not None:
-            reason, message = filters.reason(outcome.record["slots"])
-            if not reason and outcome.uid in seen:
-                reason, message = "duplicate_id", f"the id stands at {seen[outcome.uid]} already: the first is kept"
-            if not reason and (split := rule.split(outcome)) is None:
-                reason, message = "not_in_split_ids", "the file of split ids does not name it"
-        split_of.append(DROPPED if split is None or reason else split)
-        if reason or split is None:
-            dropped[reason].append({"id": outcome.uid, "origin": outcome.origin, "message": message})
-            continue
-        assert outcome.record is not None
-        seen[outcome.uid] = outcome.origin
-        kept[split] += 1
-        changed.update(outcome.changes)
-        numeric.update(name for name, value in outcome.properties.items() if math.isfinite(value))
-        textual.update(outcome.texts.keys())
-        for name in outcome.texts.keys() & _FUNCTIONAL_COLUMNS:
-            functionals[name][outcome.texts[name]] += 1
-        properties = {feature_name(name): value for name, value in outcome.properties.items()}
-        everything.add(outcome.record, properties)
-        if split == 0:
-            statistics.add(outcome.record, properties)
-    columns, unused = _columns(dataset, declared, set(ignored), set(added), numeric, textual, functionals)
+    """declared: columns described by the user; ignored: columns to leave out; added: columns that the user joined.
+    UserErrors: mixed functionals, a declared column that does not exist."""
+    textual = summary.textual
+    columns, unused = _columns(
+        dataset, declared, set(ignored), set(added), summary.numeric, textual, summary.functionals
+    )
+    changed = Counter(summary.changed)
     for name in columns:
         source = [n for n in textual if feature_name(n) == name]
         if source:
             changed[f"text_instead_of_number_in_{name}"] = sum(textual[n] for n in source)
-    not_found = sorted(rule.ids.keys() - seen.keys()) if rule.ids is not None else []
-    chosen = statistics if kept[0] else everything
-    return Selection(split_of, dict(dropped), changed, columns, unused, chosen, kept, not_found)
+    statistics = summary.statistics[0]
+    if not summary.kept_of_split[0]:
+        statistics = Statistics()
+        for of_split in summary.statistics:
+            statistics.merge(of_split)
+    return Selection(summary, columns, unused, changed, statistics, list(ids_not_found))
 
 
 def _columns(
@@ -186,10 +221,10 @@ def _with_functional(name: str, column: Column, declared: bool, functionals: Map
     return dataclasses.replace(column, functional="unknown")
 
 
-def counts(selection: Selection) -> dict[str, Any]:
+def counts(summary: Summary) -> dict[str, Any]:
     """Counts of read, kept and dropped, which add up."""
     return {
-        "read": len(selection.split_of),
-        "kept": sum(selection.kept_of_split.values()),
-        "dropped": {reason: len(items) for reason, items in sorted(selection.dropped.items())},
+        "read": summary.read,
+        "kept": sum(summary.kept_of_split.values()),
+        "dropped": dict(sorted(summary.dropped.items())),
     }

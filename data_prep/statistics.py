@@ -16,6 +16,7 @@ from unimat_jax.representation import LATTICE_FORMS, lattice_vector
 MIN_STD = 0.01
 """Floor of the lattice's standard deviations: angles that are all 90 degrees must not be divided by 0."""
 _BATCH = 1024
+_MAXIMA = ("max_atoms", "max_atoms_per_element", "coordinate_radius")
 
 
 class RunningMoments:
@@ -29,16 +30,35 @@ class RunningMoments:
         self.max = np.full(size, -np.inf)
 
     def add(self, values: np.ndarray) -> None:
-        number = len(values)
-        if not number:
+        if len(values):
+            added = RunningMoments(values.shape[-1])
+            added.count, added.mean = len(values), values.mean(0)
+            added.squares = ((values - added.mean) ** 2).sum(0)
+            added.min, added.max = values.min(0), values.max(0)
+            self.merge(added)
+
+    def merge(self, other: RunningMoments) -> None:
+        """As if the other's values had been added after these."""
+        if not other.count:
             return
-        mean = values.mean(0)
-        difference = mean - self.mean
-        total = self.count + number
-        self.squares += ((values - mean) ** 2).sum(0) + difference**2 * self.count * number / total
-        self.mean += difference * number / total
+        difference = other.mean - self.mean
+        total = self.count + other.count
+        self.squares += other.squares + difference**2 * self.count * other.count / total
+        self.mean += difference * other.count / total
         self.count = total
-        self.min, self.max = np.minimum(self.min, values.min(0)), np.maximum(self.max, values.max(0))
+        self.min, self.max = np.minimum(self.min, other.min), np.maximum(self.max, other.max)
+
+    def state(self) -> dict[str, Any]:
+        """For JSON, exact."""
+        return {name: np.asarray(value).tolist() for name, value in vars(self).items()}
+
+    @classmethod
+    def of_state(cls, state: Mapping[str, Any]) -> RunningMoments:
+        moments = cls(len(state["mean"]))
+        moments.count = int(state["count"])
+        for name in ("mean", "squares", "min", "max"):
+            setattr(moments, name, np.array(state[name], np.float64))
+        return moments
 
     @property
     def std(self) -> np.ndarray:
@@ -46,7 +66,7 @@ class RunningMoments:
 
 
 class Statistics:
-    """Add records, then `to_json`."""
+    """Add records, then `to_json`. Statistics of parts can be merged."""
 
     def __init__(self) -> None:
         self.elements: Counter[int] = Counter()
@@ -55,37 +75,74 @@ class Statistics:
         self.coordinate_radius = 0.0
         self.lattice = {form: RunningMoments(size) for form, size in LATTICE_FORMS.items()}
         self.properties: dict[str, RunningMoments] = {}
-        self._cells: list[np.ndarray] = []
-        self._sizes: list[int] = []
+        self._records: list[Mapping[str, np.ndarray]] = []
+        self._values: list[Mapping[str, float]] = []
 
     def add(self, record: Mapping[str, np.ndarray], properties: Mapping[str, float]) -> None:
         """`record` as `representation.encode` gives it; `properties` without the missing ones."""
-        slots = record["slots"]
-        self.elements.update(ATOMIC_NUMBERS[slots[:, 1], slots[:, 2]].tolist())
-        self.max_atoms = max(self.max_atoms, len(slots))
-        self.max_atoms_per_element = max(self.max_atoms_per_element, int(slots[:, 0].max()) + 1)
-        cell = np.asarray(record["lattice"], np.float64)
-        positions = (record["frac_coords"] - 0.5) @ lattice_from_parameters(cell[:3], cell[3:])
-        self.coordinate_radius = max(self.coordinate_radius, float(np.abs(positions).max()))
-        for name, value in properties.items():
-            if math.isfinite(value):
-                self.properties.setdefault(name, RunningMoments(1)).add(np.array([[value]]))
-        self._cells.append(cell)
-        self._sizes.append(len(slots))
-        if len(self._cells) == _BATCH:
+        self._records.append(record)
+        self._values.append(properties)
+        if len(self._records) == _BATCH:
             self._flush()
 
     def _flush(self) -> None:
-        if self._cells:
-            for form, moments in self.lattice.items():
-                vectors = lattice_vector(np.stack(self._cells), np.array(self._sizes), form)
-                if form == "matrix":
-                    # This form is trained on random rotations of the cell: each entry of row a then has mean 0 and
-                    # variance |a|^2 / 3, which a pair of opposite vectors along (1, 1, 1) has too.
-                    spread = np.repeat(np.linalg.norm(vectors.reshape(-1, 3, 3), axis=-1) / np.sqrt(3), 3, axis=-1)
-                    vectors = np.concatenate([spread, -spread])
-                moments.add(vectors)
-        self._cells, self._sizes = [], []
+        if not self._records:
+            return
+        slots = np.concatenate([r["slots"] for r in self._records])
+        sizes = np.array([len(r["slots"]) for r in self._records])
+        cells = np.stack([r["lattice"] for r in self._records]).astype(np.float64)
+        numbers, counts = np.unique(ATOMIC_NUMBERS[slots[:, 1], slots[:, 2]], return_counts=True)
+        self.elements.update(dict(zip(numbers.tolist(), counts.tolist(), strict=True)))
+        self.max_atoms = max(self.max_atoms, int(sizes.max()))
+        self.max_atoms_per_element = max(self.max_atoms_per_element, int(slots[:, 0].max()) + 1)
+        vectors = np.repeat(lattice_from_parameters(cells[:, :3], cells[:, 3:]), sizes, axis=0)
+        centred = np.concatenate([r["frac_coords"] for r in self._records]) - 0.5
+        positions = np.einsum("ni,nij->nj", centred, vectors)
+        self.coordinate_radius = max(self.coordinate_radius, float(np.abs(positions).max()))
+        for name in sorted(set().union(*self._values)):
+            values = np.array([v[name] for v in self._values if math.isfinite(v.get(name, math.nan))])
+            self.properties.setdefault(name, RunningMoments(1)).add(values[:, None])
+        for form, moments in self.lattice.items():
+            vectors = lattice_vector(cells, sizes, form)
+            if form == "matrix":
+                # This form is trained on random rotations of the cell: each entry of row a then has mean 0 and
+                # variance |a|^2 / 3, which a pair of opposite vectors along (1, 1, 1) has too.
+                spread = np.repeat(np.linalg.norm(vectors.reshape(-1, 3, 3), axis=-1) / np.sqrt(3), 3, axis=-1)
+                vectors = np.concatenate([spread, -spread])
+            moments.add(vectors)
+        self._records, self._values = [], []
+
+    def merge(self, other: Statistics) -> None:
+        """As if the other's records had been added after these."""
+        self._flush()
+        other._flush()
+        self.elements.update(other.elements)
+        for name in _MAXIMA:
+            setattr(self, name, max(getattr(self, name), getattr(other, name)))
+        for form, moments in other.lattice.items():
+            self.lattice[form].merge(moments)
+        for name, moments in other.properties.items():
+            self.properties.setdefault(name, RunningMoments(1)).merge(moments)
+
+    def state(self) -> dict[str, Any]:
+        """For JSON, exact."""
+        self._flush()
+        return {
+            **{name: getattr(self, name) for name in _MAXIMA},
+            "elements": {str(z): count for z, count in sorted(self.elements.items())},
+            "lattice": {form: moments.state() for form, moments in self.lattice.items()},
+            "properties": {name: moments.state() for name, moments in sorted(self.properties.items())},
+        }
+
+    @classmethod
+    def of_state(cls, state: Mapping[str, Any]) -> Statistics:
+        statistics = cls()
+        for name in _MAXIMA:
+            setattr(statistics, name, state[name])
+        statistics.elements = Counter({int(z): count for z, count in state["elements"].items()})
+        statistics.lattice = {form: RunningMoments.of_state(m) for form, m in state["lattice"].items()}
+        statistics.properties = {name: RunningMoments.of_state(m) for name, m in state["properties"].items()}
+        return statistics
 
     def to_json(self, properties: Mapping[str, Mapping[str, str]]) -> dict[str, Any]:
         """`properties`: unit, functional and correction of each column."""

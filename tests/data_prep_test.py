@@ -1,20 +1,21 @@
 """From source files to records on disk, through the program that users start."""
 
 import csv
+import io
 import json
-import os
-import signal
 import subprocess
 import sys
-import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from bomb import Bomb
 from crystal_cases import difference, perovskite, quartz, random_crystal, same_up_to_proper_rotation, space_group
 from shared_data import data_dir, load
 
+from data_prep.outcome import read_outcome
 from data_prep.parse_pool import CellOptions, parse_all
 from data_prep.prepare import main, prepare
 from data_prep.statistics import Statistics
@@ -62,9 +63,12 @@ def _report(directory: Path) -> dict:
     return json.loads((directory / "data_report.json").read_text())
 
 
-def _adds_up(report: dict) -> bool:
+def _adds_up(directory: Path) -> bool:
+    report = _report(directory)
     dropped = sum(report["dropped"].values())
-    named = sum(len(items) for items in report["dropped_structures"].values())
+    lines = [json.loads(line) for line in (directory / "dropped.jsonl").read_text().splitlines()]
+    assert Counter(line["reason"] for line in lines) == report["dropped"]
+    named = len({(line["id"], line["origin"]) for line in lines})
     kept = sum(split["crystals"] for split in report["splits"].values())
     return report["read"] == report["kept"] + dropped and dropped == named and report["kept"] == kept
 
@@ -220,7 +224,7 @@ def test_an_interrupted_run_continues(hundred, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(parse_pool, "prepare_one", dies_at_30)
     with pytest.raises(KeyboardInterrupt):
         prepare("crystals", source, tmp_path, num_workers=0, quiet=True, **options)
-    spool = tmp_path / "crystals/1.0.0.parsing/outcomes.bin"
+    spool = tmp_path / "crystals/1.0.0.parsing/parts/000000.outcomes"
     with spool.open("ab") as file:  # as if killed in the middle of a write
         file.write(b"\x40\x00\x00\x00\x02\x00\x00\x00[half")
     assert not (tmp_path / "crystals/1.0.0").exists()
@@ -229,7 +233,7 @@ def test_an_interrupted_run_continues(hundred, tmp_path, capsys, monkeypatch):
     assert len(calls) == 30 + 100 - 29
     for shard in directory.glob("*.array_record*"):
         assert shard.read_bytes() == (again / shard.name).read_bytes()
-    assert not spool.parent.exists() and len(_read(again)) == len(crystals)
+    assert not spool.parents[1].exists() and len(_read(again)) == len(crystals)
 
 
 def test_a_folder_with_every_kind_of_trouble(tmp_path):
@@ -254,7 +258,7 @@ def test_a_folder_with_every_kind_of_trouble(tmp_path):
     done = subprocess.run([*program, *flags], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     report = _report(tmp_path / "data/crystals/1.0.0")
-    assert _adds_up(report) and (report["read"], report["kept"]) == (21, 13)
+    assert _adds_up(tmp_path / "data/crystals/1.0.0") and (report["read"], report["kept"]) == (21, 13)
     expected = {"unparsable": "cut", "disordered": "partial", "bad_element": "vacancy", "not_finite": "nan"}
     expected |= {
         "empty_file": "empty",
@@ -299,6 +303,8 @@ def test_nothing_left_is_an_error_with_the_reasons(tmp_path):
         (["--dataset=crystals", "--source={}/one.csv", "--property=nothing:eV"], ("nothing", "gap")),
         (["--dataset=starter", "--split_ids=nothing.csv"], ("nothing.csv",)),
         (["--dataset=starter", "--time_limit=0"], ("time_limit",)),
+        (["--dataset=starter", "--part_size=0"], ("part_size",)),
+        (["--dataset=starter", "--num_shards=0"], ("num_shards",)),
         (["--dataset=crystals", "--source={}/one.csv", "--max_atoms=4"], ("no crystal is left", "1 too_many_atoms")),
     ],
 )
@@ -342,7 +348,7 @@ def test_cdvae_layout_with_a_missing_split(name, tmp_path):
     report = _report(directory)
     assert _records(directory, "train").keys() == {c.uid for c in crystals[:15]}
     assert _records(directory, "validation").keys() == {c.uid for c in crystals[15:]}
-    assert report["dropped"] == {"duplicate_id": 1} and _adds_up(report)
+    assert report["dropped"] == {"duplicate_id": 1} and _adds_up(directory)
     assert report["notes"] == ["no test split in the source"]
     assert report["properties"]["formation_energy_per_atom"]["unit"] == "eV/atom"
     assert report["properties"]["formation_energy_per_atom"]["functional"].startswith("PBE")
@@ -477,29 +483,15 @@ def test_filters_name_each_crystal(tmp_path):
 
 
 def _hangs_or_dies(kind: str) -> RawStructure:
-    return RawStructure(kind, kind, "arrays", _Bomb(kind))
-
-
-class _Bomb(dict):
-    """A payload that, when looked into, never returns or takes its process along."""
-
-    def __init__(self, kind: str):
-        super().__init__()
-        self.kind = kind
-
-    def get(self, *_):
-        if self.kind == "hangs":
-            time.sleep(600)
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    def __reduce__(self):
-        return _Bomb, (self.kind,)
+    return RawStructure(kind, kind, "arrays", Bomb(kind))
 
 
 def test_a_crash_and_a_hang_cost_one_structure_each(tmp_path):
     good = list(scan(_table(tmp_path / "a.csv", _crystals(70))))
     raws = [*good[:40], _hangs_or_dies("dies"), *good[40:50], _hangs_or_dies("hangs"), *good[50:]]
-    outcomes = list(parse_all([("", raw) for raw in raws], CellOptions(), num_workers=2, time_limit=2.0))
+    found = b"".join(parse_all([("", raw) for raw in raws], CellOptions(), num_workers=2, time_limit=2.0))
+    with io.BytesIO(found) as file:
+        outcomes = list(iter(lambda: read_outcome(file), None))
     assert [o.uid for o in outcomes] == [raw.uid for raw in raws]
     assert {o.uid: o.reason for o in outcomes if o.reason} == {"dies": "crashed", "hangs": "timeout"}
 

@@ -1,5 +1,7 @@
 """Records on disk -> batches: each example once an epoch, the same for any number of processes, from any position."""
 
+import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -62,6 +64,38 @@ def test_records_are_those_that_tfds_reads(directory, source):
             np.testing.assert_array_equal(ours[name], theirs[name])
             assert ours[name].dtype == theirs[name].dtype
         assert ours["properties"] == pytest.approx(theirs["properties"])
+
+
+def test_records_as_tfds_serialises_them(directory, source):
+    """What TFDS wrote itself, on Beam or in earlier versions, has its fields in another order."""
+    features = tfds.builder_from_directory(str(directory)).info.features
+    records = source.read(range(5))
+    messages = [features.serialize_example(features.encode_example(record)) for record in records]
+    for found, expected in zip(data.parse_records(messages), records, strict=True):
+        assert (found["material_id"], found["properties"]) == (expected["material_id"], expected["properties"])
+        for name in ("slots", "frac_coords", "lattice"):
+            np.testing.assert_array_equal(found[name], expected[name])
+
+
+def test_many_threads_read_the_records_that_they_ask_for(source):
+    asked = [np.random.default_rng(i).permutation(36) for i in range(8)]
+    expected = [record["material_id"] for record in source.read(range(36))]
+    with ThreadPoolExecutor(8) as pool:
+        for order, records in zip(asked, pool.map(source.read, asked), strict=True):
+            assert [record["material_id"] for record in records] == [expected[i] for i in order]
+
+
+def test_a_damaged_shard_is_named(directory, tmp_path):
+    shutil.copytree(directory, tmp_path / "copy")
+    (shard,) = (tmp_path / "copy").glob("*-train.array_record*")
+    content = bytearray(shard.read_bytes())
+    content[2000:3000] = bytes(1000)
+    shard.write_bytes(content)
+    with pytest.raises(UserError, match=rf"{shard.name} is damaged \(.*\): make the data set again"):
+        data.RecordSource(tmp_path / "copy", "train").read(range(36))
+    shutil.copy(next(directory.glob("*-validation.array_record*")), shard)
+    with pytest.raises(UserError, match=rf"{shard.name} holds 10 records, dataset_info.json says 36"):
+        data.RecordSource(tmp_path / "copy", "train").read([0])
 
 
 def test_every_example_comes_once_an_epoch_also_where_epochs_end_inside_a_batch(maker):

@@ -8,7 +8,9 @@ of each global batch.
 from __future__ import annotations
 
 import functools
+import itertools
 import json
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,14 +41,53 @@ def read_statistics(directory: Path) -> dict[str, Any]:
     return json.loads((directory / "statistics.json").read_text())
 
 
+class _Shards:
+    """The raw records of ArrayRecord files by their number, for threads too. An open file takes some 22 bytes a record
+    of memory."""
+
+    def __init__(self, paths: Sequence[str], lengths: Sequence[int]):
+        self._paths, self._lengths = list(paths), list(lengths)
+        self._starts = np.cumsum([0, *lengths])
+        self._readers: list[Any] = [None] * len(self._paths)
+        self._lock = threading.Lock()
+
+    def read(self, indices: np.ndarray) -> list[bytes]:
+        """Raises UserError for a file that is damaged."""
+        shards = np.searchsorted(self._starts, indices, "right") - 1
+        messages = []
+        with self._lock:  # a reader has one place
+            for shard, place in zip(shards.tolist(), (indices - self._starts[shards]).tolist(), strict=True):
+                try:
+                    reader = self._readers[shard] or self._open(shard)
+                    # read([place]) would take a time that grows with the file, as would several threads.
+                    reader.seek(place)
+                    messages.append(reader.read())
+                except RuntimeError as error:
+                    raise UserError(f"{self._paths[shard]} is damaged ({error}): make the data set again") from error
+        return messages
+
+    def _open(self, shard: int) -> Any:
+        from array_record.python.array_record_module import ArrayRecordReader
+
+        path = self._paths[shard]
+        options = "readahead_buffer_size:0,max_parallelism:0"
+        reader = ArrayRecordReader(path, options=options, file_reader_buffer_size=4096)
+        if reader.num_records() != self._lengths[shard]:
+            raise UserError(
+                f"{path} holds {reader.num_records()} records, dataset_info.json says {self._lengths[shard]}: make the "
+                "data set again"
+            )
+        self._readers[shard] = reader
+        return reader
+
+
 class RecordSource:
     """Random access to the records of one split; `read` takes many indices at once and parses them without TFDS's
-    one-by-one decoder, which is several times slower. limit: only the first so many records (0: all); records lie in
+    one-by-one decoder, which is many times slower. limit: only the first so many records (0: all); records lie in
     the order of a hash of their ids, so that smaller parts are random and nested."""
 
     def __init__(self, directory: Path, split: str, limit: int = 0):
         import tensorflow_datasets as tfds
-        from array_record.python.array_record_data_source import ArrayRecordDataSource
 
         info = tfds.builder_from_directory(str(directory)).info
         if split not in info.splits:
@@ -57,32 +98,45 @@ class RecordSource:
                 f"config.data.max_train_examples = {limit}: {directory} has {available} in {split!r}; 0: all"
             )
         self.num_examples = limit or available
-        self._source = ArrayRecordDataSource([str(path) for path in info.splits[split].filepaths])
+        self._shards = _Shards([str(path) for path in info.splits[split].filepaths], info.splits[split].shard_lengths)
 
     def __len__(self) -> int:
         return self.num_examples
 
     def read(self, indices: Sequence[int] | np.ndarray) -> list[dict[str, Any]]:
         """Records (see `representation.encode`) with `material_id` and `properties`: floats by name, NaN if missing."""
-        return [_parse(message) for message in self._source.__getitems__([int(i) for i in indices])]
+        return parse_records(self._shards.read(np.asarray(indices, np.int64)))
 
 
-def _parse(message: bytes) -> dict[str, Any]:
+def parse_records(messages: Sequence[bytes]) -> list[dict[str, Any]]:
+    """The records that serialised tf.Examples hold. The numbers of all become arrays together, of which each record has
+    views: an array for each is what would take most of the time."""
     from tensorflow_datasets.proto import tf_example_pb2
 
-    example: Any = tf_example_pb2.Example  # pyright: ignore[reportAttributeAccessIssue]
-    feature = example.FromString(message).features.feature
-    return {
-        "material_id": feature["material_id"].bytes_list.value[0].decode(),
-        "slots": np.array(feature["slots"].int64_list.value, np.uint8).reshape(-1, 3),
-        "frac_coords": np.array(feature["frac_coords"].float_list.value, np.float32).reshape(-1, 3),
-        "lattice": np.array(feature["lattice"].float_list.value, np.float32),
-        "properties": {
+    parse: Any = tf_example_pb2.Example.FromString  # pyright: ignore[reportAttributeAccessIssue]
+    slots: list[int] = []
+    coords: list[float] = []
+    lattices: list[float] = []
+    stops, rest = [0], []
+    for message in messages:
+        feature = parse(message).features.feature
+        slots.extend(feature["slots"].int64_list.value)
+        coords.extend(feature["frac_coords"].float_list.value)
+        lattices.extend(feature["lattice"].float_list.value)
+        stops.append(len(slots) // 3)
+        properties = {
             name.removeprefix(_PREFIX): value.float_list.value[0]
             for name, value in feature.items()
             if name.startswith(_PREFIX)
-        },
-    }
+        }
+        rest.append({"material_id": feature["material_id"].bytes_list.value[0].decode(), "properties": properties})
+    all_slots = np.array(slots, np.uint8).reshape(-1, 3)
+    all_coords = np.array(coords, np.float32).reshape(-1, 3)
+    all_lattices = np.array(lattices, np.float32).reshape(-1, 6)
+    return [
+        {"slots": all_slots[start:stop], "frac_coords": all_coords[start:stop], "lattice": lattice, **others}
+        for (start, stop), lattice, others in zip(itertools.pairwise(stops), all_lattices, rest, strict=True)
+    ]
 
 
 def make_spec(
@@ -149,9 +203,10 @@ def condition_schema(statistics: Mapping[str, Any], names: Sequence[str]) -> lis
     return schema
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=2)
 def _epoch_order(number: int, seed: int, epoch: int) -> np.ndarray:
-    return np.random.default_rng([seed, epoch]).permutation(number)
+    """4 bytes an example, of two epochs: a batch may hold the end of one and the start of the next."""
+    return np.random.default_rng([seed, epoch]).permutation(np.arange(number, dtype=np.uint32))
 
 
 class BatchMaker:
