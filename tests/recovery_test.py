@@ -134,7 +134,7 @@ def test_a_full_disk_ends_the_run_with_the_last_checkpoint_whole(at_step_6, tiny
 
 
 def test_killed_again_and_again_it_ends_as_if_it_had_not_been(trained, tiny_data, tmp_path):
-    """By SIGKILL in a step and while a checkpoint is written."""
+    """By SIGKILL while a checkpoint is written and by Ctrl-C; thirty times: benchmarks/kills.py."""
     slow = (
         "import time\nfrom unimat_jax.data import BatchMaker\n\nmake = BatchMaker.__call__\n\n"
         "def slowly(self, number):\n    time.sleep(0.2)\n    return make(self, number)\n\n"
@@ -143,20 +143,22 @@ def test_killed_again_and_again_it_ends_as_if_it_had_not_been(trained, tiny_data
     config, workdir = tiny_run.config_file(tmp_path / "slow.py", tiny_data, slow), tmp_path / "run"
     folder = workdir / "checkpoints"
 
-    def a_step() -> bool:
-        return (workdir / "metrics.jsonl").exists() and max(rows(workdir), default=0) >= 3
-
     def a_checkpoint_half_written() -> bool:
-        return any(int(p.name.split(".")[0]) >= 6 for p in folder.glob("*.orbax-checkpoint-tmp*"))
+        return any(int(p.name.split(".")[0]) >= 4 for p in folder.glob("*.orbax-checkpoint-tmp*"))
 
-    for moment in (a_step, a_checkpoint_half_written):
+    def a_late_step() -> bool:
+        return max(rows(workdir)) >= 8
+
+    for moment, how in ((a_checkpoint_half_written, signal.SIGKILL), (a_late_step, signal.SIGINT)):
         process = start(config, workdir)
         end = time.monotonic() + 240
         while not moment():
             assert process.poll() is None and time.monotonic() < end, process.communicate()[1]
             time.sleep(0.001)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
+        process.send_signal(how)
+        told = process.communicate()[1]
+        assert process.returncode == (0 if how == signal.SIGINT else -how)
+    assert "SIGINT: saved step " in told
     process = start(config, workdir)
     assert "steps: 0 of" not in process.communicate(timeout=240)[1] and process.returncode == 0
     assert_same_checkpoint(workdir, trained, NUM_STEPS)
