@@ -18,7 +18,7 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ from unimat_jax.stability.energies import MODES, Hull, as_phases, composition_of
 from unimat_jax.stability.engines import ENGINES, SCALES, EnergyModel, energy_model
 from unimat_jax.stability.journal import Journal, relax_all
 from unimat_jax.stability.metrics import set_metrics, sun_metrics
-from unimat_jax.stability.references import Phase, hash_of, read_phases, scheme_of
+from unimat_jax.stability.references import OUTSIDE, Phase, hash_of, read_phases, scheme_of
 from unimat_jax.stability.relaxation import Protocol, Relaxation, Relaxer, displacement
 
 PACKAGES = ("unimat-jax", "ase", "pymatgen", "spglib", "numpy", "scipy")
@@ -134,7 +134,6 @@ def assess(
     os.environ.setdefault("SPGLIB_WARNING", "OFF")
     output_dir, protocol = Path(output_dir), protocol or Protocol()
     added, scheme = resolve(model, correction)
-    references = _references(hull, elements, scheme, protocol, mixed_schemes)
     output_dir.mkdir(parents=True, exist_ok=True)
     run = _Run(Relaxer(model, protocol, added, memory_limit_gb), Journal(output_dir / outputs.JOURNAL), scheme,
                timeout_s, num_workers)  # fmt: skip
@@ -147,10 +146,12 @@ def assess(
 
     entries = read_entries(structures)
     crystals = [entry.crystal for entry in entries if entry.crystal is not None]
+    systems = {frozenset(crystal.symbols) for crystal in crystals}
+    references = _references(hull, elements, systems, run, mixed_schemes)
     found = iter(run.relax(crystals, "relaxing"))
     relaxations = [next(found) if entry.crystal is not None else _unread(entry) for entry in entries]
     if hull_structures:
-        references = _own_hull(hull_structures, crystals, run)
+        references = _own_hull(hull_structures, systems, run)
     known_crystals = [entry.crystal for entry in read_entries(known) if entry.crystal is not None] if known else []
 
     rows, candidates, relaxed = [], [], []
@@ -188,41 +189,45 @@ def assess(
 
 
 def _references(
-    hull: Sequence[str | Path], elements: Sequence[str | Path], scheme: str, protocol: Protocol, mixed_schemes: bool
+    hull: Sequence[str | Path],
+    elements: Sequence[str | Path],
+    systems: Collection[frozenset[str]],
+    run: _Run,
+    mixed_schemes: bool,
 ) -> Hull:
     """The hull of modes "reference" and "elements"; "none" where no entries are given."""
     if not hull and not elements:
-        return Hull("none", [], scheme)
-    if protocol.pressure and not mixed_schemes:
+        return Hull("none", [], run.scheme)
+    pressure = run.relaxer.protocol.pressure
+    if pressure and not mixed_schemes:
         raise UserError(
-            f"--pressure={protocol.pressure}: reference entries are at zero pressure; take --hull_structures, which "
+            f"--pressure={pressure}: reference entries are at zero pressure; take --hull_structures, which "
             "are relaxed at the same pressure, or ask for the mixture with --mixed_schemes"
         )
-    phases, left_out = read_phases([*hull, *elements])
+    phases, left_out = read_phases([*hull, *elements], systems)
     if elements:
         left_out["not_an_element"] += sum(len(phase.composition) > 1 for phase in phases)
         phases = [phase for phase in phases if len(phase.composition) == 1]
     theirs = scheme_of(phases)
-    if scheme.startswith("own") and not mixed_schemes:
+    if run.scheme.startswith("own") and not mixed_schemes:
         raise UserError(
             "--energy_scale=own: the model's energies mean nothing beside reference entries; take --hull_structures, "
             "which are relaxed by the model itself, or ask for the mixture with --mixed_schemes"
         )
-    check_schemes(scheme, theirs, mixed_schemes)
+    check_schemes(run.scheme, theirs, mixed_schemes)
     return Hull("elements" if elements else "reference", phases, theirs, left_out)
 
 
-def _own_hull(paths: Sequence[str | Path], candidates: Sequence[Crystal], run: _Run) -> Hull:
+def _own_hull(paths: Sequence[str | Path], systems: Collection[frozenset[str]], run: _Run) -> Hull:
     """The self-consistent hull, of the structures within the candidates' chemical systems."""
-    systems = {frozenset(crystal.atomic_numbers.tolist()) for crystal in candidates}
     inside, left_out = [], Counter()
     for entry in read_entries(paths):
         if entry.crystal is None:
             left_out[entry.reason] += 1
-        elif any(set(entry.crystal.atomic_numbers.tolist()) <= system for system in systems):
+        elif any(set(entry.crystal.symbols) <= system for system in systems):
             inside.append(entry.crystal)
         else:
-            left_out["in no candidate's chemical system"] += 1
+            left_out[OUTSIDE] += 1
     phases, failed = as_phases(inside, run.relax(inside, "relaxing the hull"), **run.scale)
     return Hull("self_consistent", phases, run.scheme, left_out + failed)
 

@@ -31,11 +31,17 @@ class Journal:
                 self._torn = not line.endswith("\n")
                 try:
                     values = json.loads(line)
-                    self.relaxations[values.pop("key")] = Relaxation(**values)
-                except (ValueError, TypeError, KeyError, AttributeError):
-                    print(
-                        f"{path}: a line cut off by a kill is left out; its crystal is relaxed again", file=sys.stderr
-                    )
+                except ValueError:
+                    text = "a line was cut off by a kill; its crystal is relaxed again"
+                    print(f"{path}: {text}", file=sys.stderr)
+                    continue
+                try:
+                    key = values.pop("key")
+                    self.relaxations[key] = Relaxation(**values)
+                except (TypeError, KeyError, AttributeError) as error:
+                    raise UserError(
+                        f"{path} was written by another version ({error}): begin anew with --overwrite"
+                    ) from error
 
     def add(self, key: str, relaxation: Relaxation) -> None:
         line = json.dumps({"key": key, **dataclasses.asdict(relaxation)})

@@ -8,7 +8,7 @@ import gzip
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ _ADJUSTMENTS = {
     "CompositionEnergyAdjustment",
     "TemperatureEnergyAdjustment",
 }
+OUTSIDE = "in no candidate's chemical system"
 _MODULE = "pymatgen.entries.computed_entries"
 
 
@@ -51,18 +52,30 @@ class Phase:
         return Composition(self.composition).reduced_formula
 
 
-def read_phases(paths: Sequence[str | Path]) -> tuple[list[Phase], Counter[str]]:
-    """(phases with unique uids, entries that could not be used, counted by reason).
+def read_phases(
+    paths: Sequence[str | Path], systems: Collection[frozenset[str]] | None = None
+) -> tuple[list[Phase], Counter[str]]:
+    """(phases with unique uids, entries that were not used, counted by reason).
+
+    systems: sets of symbols; entries that lie in none of them are left out, which saves most of the time. None: all.
 
     Files: .json(.gz, .bz2) with a list of entries or an object of them, .jsonl(.gz, .bz2), .parquet with the entries'
     fields as columns. Raises UserError where a file cannot be read or holds no entry.
     """
     phases: dict[str, Phase] = {}
     failures: Counter[str] = Counter()
+    inside: dict[frozenset[str], bool] = {}
     for path in map(Path, paths):
-        before = len(phases)
+        entries = 0
         for number, raw in enumerate(_raw_entries(path)):
             try:
+                elements = frozenset(symbol for symbol, amount in raw["composition"].items() if amount)
+                entries += 1
+                if systems is not None and elements not in inside:
+                    inside[elements] = any(elements <= system for system in systems)
+                if not inside.get(elements, True):
+                    failures[OUTSIDE] += 1
+                    continue
                 phase = _phase(raw, f"{path.name}-{number}")
             except CrystalError as error:
                 failures[error.reason] += 1
@@ -75,7 +88,7 @@ def read_phases(paths: Sequence[str | Path]) -> tuple[list[Phase], Counter[str]]
                 again += 1
                 uid = f"{phase.uid}#{again}"
             phases[uid] = dataclasses.replace(phase, uid=uid)
-        if len(phases) == before:
+        if not entries:
             raise UserError(f"{path} holds no ComputedEntry: give entries as the Materials Project serves them (JSON)")
     return list(phases.values()), failures
 
@@ -143,6 +156,6 @@ def scheme_of(phases: Sequence[Phase]) -> str:
 
 
 def hash_of(phases: Sequence[Phase]) -> str:
-    """Of compositions and energies, whatever their order and names: 16 hexadecimal digits."""
+    """Of the compositions and energies that were used, whatever their order and names: 16 hexadecimal digits."""
     lines = sorted(f"{sorted(phase.composition.items())} {phase.energy:.6f}" for phase in phases)
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]

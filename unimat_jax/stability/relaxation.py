@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib
 import math
 import time
 from pathlib import Path
@@ -95,6 +96,8 @@ class _OnEngine:
         self.__dict__.update(state)
         with contextlib.suppress(OSError):  # where memory runs out, Linux then ends this process and not its parent
             Path("/proc/self/oom_score_adj").write_text("1000")
+        for module in ("ase.filters", "ase.optimize", "pymatgen.io.vasp.sets"):
+            importlib.import_module(module)
         with contextlib.suppress(UserError):  # the item will say it
             load(self.model)
 
