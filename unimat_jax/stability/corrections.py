@@ -29,7 +29,8 @@ def mp2020_correction(crystal: Crystal) -> float | None:
     structure = crystal.to_pymatgen()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # on magnetic moments, k-points and oxidation states, which change nothing here
-        inputs = MPRelaxSet(structure, user_incar_settings={"KSPACING": 0.5}, user_kpoints_settings=None)
+        settings: Any = {"user_incar_settings": {"KSPACING": 0.5}, "user_kpoints_settings": None}
+        inputs = MPRelaxSet(structure, **settings)
         values = inputs.incar.get("LDAUU") or []
         hubbards = dict(zip(inputs.poscar.site_symbols, values, strict=False)) if any(values) else {}
         parameters: dict[str, Any] = {

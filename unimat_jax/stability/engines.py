@@ -165,7 +165,7 @@ def load(model: EnergyModel) -> Calculator:
     """The calculator, the same one each time that this process asks. Raises UserError, with what the engine said."""
     module, _, attribute = model.path.partition(":")
     try:
-        made = functools.reduce(getattr, attribute.split("."), importlib.import_module(module))
+        made: Any = functools.reduce(getattr, attribute.split("."), importlib.import_module(module))
         calculator = made(**json.loads(model.kwargs))
     except Exception as error:
         raise UserError(

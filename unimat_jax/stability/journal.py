@@ -16,11 +16,16 @@ from unimat_jax.evaluation.fingerprint_pool import content_key
 from unimat_jax.evaluation.pool import Failure, Pool
 from unimat_jax.stability.relaxation import Probe, Relaxation, Relaxer
 
+PASSING = ("timeout", "out_of_memory", "worker_died")
+
 
 class Journal:
-    """Relaxations by key in a file of JSON lines, only ever added to: what a killed run finished is there."""
+    """Relaxations by key in a file of JSON lines, only ever added to: what a killed run finished is there.
 
-    def __init__(self, path: Path):
+    retry: those that may be the machine's fault (PASSING) do not count as finished. Raises UserError for another file.
+    """
+
+    def __init__(self, path: Path, *, retry: bool = False):
         self.path = path
         self.relaxations: dict[str, Relaxation] = {}
         self._torn = False
@@ -37,11 +42,15 @@ class Journal:
                     continue
                 try:
                     key = values.pop("key")
-                    self.relaxations[key] = Relaxation(**values)
+                    found = Relaxation(**values)
                 except (TypeError, KeyError, AttributeError) as error:
                     raise UserError(
                         f"{path} was written by another version ({error}): begin anew with --overwrite"
                     ) from error
+                if retry and (found.reason or found.status) in PASSING:
+                    self.relaxations.pop(key, None)
+                else:
+                    self.relaxations[key] = found
 
     def add(self, key: str, relaxation: Relaxation) -> None:
         line = json.dumps({"key": key, **dataclasses.asdict(relaxation)})

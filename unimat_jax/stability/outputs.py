@@ -60,7 +60,7 @@ def write_all(
                 file.write(Crystal.create(numbers, frac, lattice, crystal.uid, values).to_extxyz())
     best = ranked(full)
     with (output_dir / CANDIDATES).open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, RANKED_COLUMNS, extrasaction="ignore", restval="")
+        writer = csv.DictWriter(file, [str(name) for name in RANKED_COLUMNS], extrasaction="ignore", restval="")
         writer.writeheader()
         writer.writerows(best)
     by_uid = {row["uid"]: crystal for row, crystal in zip(full, relaxed, strict=True)}

@@ -93,7 +93,7 @@ def read_phases(
     return list(phases.values()), failures
 
 
-def _raw_entries(path: Path) -> Iterator[Mapping[str, Any]]:
+def _raw_entries(path: Path) -> Iterator[Any]:
     if not path.is_file():
         raise UserError(f"{path} does not exist: give a .json, .jsonl (.gz, .bz2) or .parquet file of entries")
     if path.suffix == ".parquet":

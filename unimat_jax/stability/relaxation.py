@@ -165,7 +165,7 @@ def relax(crystal: Crystal, calculator: Calculator, protocol: Protocol) -> Relax
         atoms.calc = calculator
         both: Any = FrechetCellFilter(atoms, scalar_pressure=protocol.pressure * GPa)
         converged = False
-        optimizer: Any = FIRE(both, logfile=None)
+        optimizer: Any = FIRE(both, logfile=None)  # pyright: ignore[reportArgumentType]
         for done in optimizer.irun(fmax=protocol.fmax, steps=protocol.max_steps):
             calls, converged = calls + 1, bool(done)
             if problem := _explosion(atoms, crystal.volume, protocol):
