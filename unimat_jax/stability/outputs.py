@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import sys
 import time
 import warnings
 import zipfile
@@ -80,10 +81,11 @@ def write_all(
 
 def _write_cifs(crystals: Sequence[Crystal | None], path: Path) -> None:
     """UID.cif as relaxed, in P1, and UID_symmetrised.cif, with the symmetry found at 0.1 A, where spglib finds one."""
+    from tqdm import tqdm
+
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        for crystal in crystals:
-            if crystal is None:
-                continue
+        bar = {"desc": "writing CIFs", "unit": "structure", "file": sys.stderr, "leave": False}
+        for crystal in tqdm([crystal for crystal in crystals if crystal is not None], **bar):
             name = crystal.uid.replace("/", "_")
             archive.writestr(zipfile.ZipInfo(f"{name}.cif"), crystal.to_cif())  # with no date: the same bytes again
             if text := _symmetrised(crystal):
