@@ -199,7 +199,7 @@ def _row(entry: Entry, relaxation: Relaxation, run: _Run) -> tuple[dict[str, Any
         "uid": entry.uid, "status": relaxation.label, "message": relaxation.message,
         "reference_uid": entry.reference_uid, "max_force": relaxation.max_force, "max_stress": relaxation.max_stress,
         "magnetic_moment": relaxation.magnetic_moment, "force_calls": relaxation.force_calls,
-        "seconds": relaxation.seconds, "energy_status": "",
+        "seconds": relaxation.seconds, "cpu_seconds": relaxation.cpu_seconds, "energy_status": "",
     }  # fmt: skip
     if entry.crystal is None:
         return row, None
