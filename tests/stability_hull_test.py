@@ -12,10 +12,11 @@ from pymatgen.core import Composition
 from unimat_jax.crystal import Crystal
 from unimat_jax.errors import UserError
 from unimat_jax.stability.corrections import check_schemes, mp2020_correction, resolve
-from unimat_jax.stability.energies import Hull, composition_of, judge
+from unimat_jax.stability.energies import Hull, composition_of, judge, total_energy
 from unimat_jax.stability.engines import EnergyModel
 from unimat_jax.stability.hull import Query, decompose, elemental_energies, formation_energy
 from unimat_jax.stability.references import Phase, hash_of, read_phases, scheme_of
+from unimat_jax.stability.relaxation import Relaxation
 
 FORMATION_ENERGIES = {"mp-1960": ("Li2O", -2.062), "mp-19770": ("Fe2O3", -1.707),
                       "mp-2652": ("Y2O3", -3.971), "mp-19006": ("MnO", -1.979)}  # fmt: skip
@@ -151,6 +152,17 @@ def test_schemes_meet_only_when_asked(entries):
     check_schemes("none", "MP2020", True)
     with pytest.raises(UserError, match="'none', the reference's in 'MP2020'"):
         check_schemes("none", "MP2020", False)
+
+
+def test_under_pressure_the_enthalpy_counts_and_a_correction_is_added_once():
+    found = Relaxation("converged", energy=-10.0, correction=-0.5)
+    assert total_energy(found, 100.0, corrected=False, pressure=0.0) == (-10.0, "")
+    assert total_energy(found, 100.0, corrected=True, pressure=0.0) == (-10.5, "")
+    # 1 eV/A3 is 160.2177 GPa
+    assert total_energy(found, 100.0, corrected=True, pressure=1.602177)[0] == pytest.approx(-9.5, abs=1e-5)
+    none = Relaxation("converged", energy=-10.0)
+    assert total_energy(none, 100.0, corrected=True, pressure=0.0) == (None, "no_correction")
+    assert total_energy(Relaxation("timeout"), 100.0, corrected=True, pressure=0.0) == (None, "not_relaxed")
 
 
 def rock_salt(symbols, a, uid=""):

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -12,6 +13,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import json
+import sys
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -166,7 +168,8 @@ def load(model: EnergyModel) -> Calculator:
     module, _, attribute = model.path.partition(":")
     try:
         made: Any = functools.reduce(getattr, attribute.split("."), importlib.import_module(module))
-        calculator = made(**json.loads(model.kwargs))
+        with contextlib.redirect_stdout(sys.stderr):  # standard output is for the results
+            calculator = made(**json.loads(model.kwargs))
     except Exception as error:
         raise UserError(
             f"--energy_model={model.name} cannot be made ({type(error).__name__}: {error}): "
