@@ -261,6 +261,7 @@ def test_sets_of_other_models_are_not_compared_unasked(known_energies, finished,
     [
         (["--energy_model=magic"], "choose from sevennet, chgnet"),
         (["--energy_model_kwargs=[1]"], "write a JSON object"),
+        (["--known=x.cif"], "--known is for S.U.N., which needs a hull"),
         (["--fmax=-1"], "--fmax=-1.0: must be positive"),
         (["--hull=nowhere.json"], "nowhere.json does not exist"),
         (["--structures=nowhere.cif"], "nowhere.cif does not exist"),
@@ -272,5 +273,6 @@ def test_what_a_user_can_mend_is_one_line(files, tmp_path, capsys, flags, messag
     if flags[0].startswith("--hull"):
         base = [flag.replace("own", "pbe") for flag in base]
     assert run(*base, "--num_workers=0", *flags) == 2
+    assert not (tmp_path / "out").exists()
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ") and message in error

@@ -90,7 +90,8 @@ def assess(
     os.environ.setdefault("SPGLIB_WARNING", "OFF")
     output_dir, protocol = Path(output_dir), protocol or Protocol()
     added, scheme = resolve(model, correction)
-    output_dir.mkdir(parents=True, exist_ok=True)
+    if known and not (hull or hull_structures):
+        raise UserError("--known is for S.U.N., which needs a hull: give --hull or --hull_structures too")
     journal = Journal(output_dir / outputs.JOURNAL, retry=retry)
     run = _Run(Relaxer(model, protocol, added, memory_limit_gb), journal, scheme,
                timeout_s, num_workers)  # fmt: skip
@@ -116,7 +117,7 @@ def assess(
         row, candidate = _row(entry, relaxation, run)
         rows.append(row)
         candidates.append(candidate)
-        relaxed.append(candidate.crystal if candidate else None)
+        relaxed.append(relaxation.crystal(_named(entry.crystal, entry.uid)) if entry.crystal is not None else None)
     good = [c if row["status"] == "converged" else None for c, row in zip(candidates, rows, strict=True)]
     for row, columns in zip(rows, judge(good, references, tolerances, num_workers=num_workers), strict=True):
         row |= columns
@@ -140,6 +141,7 @@ def assess(
         "relaxation_seconds": round(sum(relaxation.seconds for relaxation in relaxations), 1),
         "seconds": round(time.monotonic() - begin, 1),
     }  # fmt: skip
+    output_dir.mkdir(parents=True, exist_ok=True)
     outputs.write_all(rows, relaxed, metrics, comparison, about, output_dir)
     return Assessed(rows, relaxed, metrics, comparison, about)
 
@@ -188,6 +190,11 @@ def _own_hull(paths: Sequence[str | Path], systems: Collection[frozenset[str]], 
     return Hull("self_consistent", phases, run.scheme, left_out + failed)
 
 
+def _named(crystal: Crystal, uid: str) -> Crystal:
+    """A repeated uid has got another in its entry."""
+    return dataclasses.replace(crystal, uid=uid)
+
+
 def _unread(entry: Entry) -> Relaxation:
     return Relaxation("failed", entry.reason, entry.message)
 
@@ -203,7 +210,7 @@ def _row(entry: Entry, relaxation: Relaxation, run: _Run) -> tuple[dict[str, Any
     }  # fmt: skip
     if entry.crystal is None:
         return row, None
-    start = dataclasses.replace(entry.crystal, uid=entry.uid)
+    start = _named(entry.crystal, entry.uid)
     phase = Phase("", composition_of(start), 0.0)
     row |= {"formula": start.formula, "reduced_formula": phase.formula, "num_atoms": start.num_atoms}
     relaxed = relaxation.crystal(start)
