@@ -96,7 +96,7 @@ def test_each_trouble_costs_one_structure(tmp_path):
     model = energy_model("stability_calculators:Misbehaving", scale="own")
     relaxer = Relaxer(model, Protocol(), with_correction=False, memory_limit_gb=8)
     crystals = [crystal for crystal, _ in ODD.values()]
-    found = relax_all(crystals, relaxer, Journal(tmp_path / "j"), timeout_s=3, num_workers=2, progress="")
+    found = relax_all(crystals, relaxer, Journal(tmp_path / "j"), timeout_s=6, num_workers=2, progress="")
     assert {name: one.label for name, one in zip(ODD, found, strict=True)} == {
         n: label for n, (_, label) in ODD.items()
     }

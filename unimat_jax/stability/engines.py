@@ -56,11 +56,11 @@ class EnergyModel:
         return hash(self.identity)
 
 
-def sevennet(model: str = "7net-0", device: str = "cpu", **kwargs: Any) -> Calculator:
+def sevennet(device: str = "cpu", **kwargs: Any) -> Calculator:
     """SevenNet-0 (Park et al. 2024, doi:10.1021/acs.jctc.4c00190), of 11 July 2024: the weights inside its wheel."""
     from sevenn.calculator import SevenNetCalculator  # pyright: ignore[reportMissingImports]
 
-    return SevenNetCalculator(model, device=device, **kwargs)
+    return SevenNetCalculator("7net-0", device=device, **kwargs)
 
 
 def chgnet(device: str = "cpu", **kwargs: Any) -> Calculator:
@@ -107,9 +107,8 @@ def energy_model(
         for value in kwargs.values()
         if isinstance(value, str) and value and Path(value).is_file()
     }
-    shared = {"kwargs": json.dumps(kwargs, sort_keys=True)}
     if name in ENGINES:
-        return _built_in(name, kwargs, scale, functional, weights, shared)
+        return _built_in(name, kwargs, scale, functional)
     module, _, attribute = name.partition(":")
     if not module or not attribute:
         names = ", ".join(ENGINES)
@@ -119,25 +118,28 @@ def energy_model(
         raise UserError(f"--energy_model={name} needs --energy_scale, which says what its energies are ({scales})")
     _require(module.partition(".")[0], name, "install the package that has it, or mend the path")
     package = _package(module.partition(".")[0])
-    return EnergyModel(name, name, shared["kwargs"], scale, functional or "not declared", weights, package)
+    return EnergyModel(
+        name, name, json.dumps(kwargs, sort_keys=True), scale, functional or "not declared", weights, package
+    )
 
 
-def _built_in(
-    name: str, kwargs: dict[str, Any], scale: str | None, functional: str, weights: dict[str, str], shared: Any
-) -> EnergyModel:
+def _built_in(name: str, kwargs: dict[str, Any], scale: str | None, functional: str) -> EnergyModel:
     engine = ENGINES[name]
     if scale not in (None, engine.scale):
         raise UserError(f"--energy_scale={scale}: {name} declares {engine.scale} ({SCALES[engine.scale]})")
     folder = _require(engine.distribution, name, f"pip install 'unimat-jax[{name}]'")
-    if "model" in kwargs and not weights:
-        weights = {str(kwargs["model"]): "chosen by name"}
-    elif not weights:
-        weights = {path.name: _sha256(path) for path in sorted(folder.glob(engine.weights))}
-        if not weights:
-            raise UserError(f"--energy_model={name}: no {engine.weights} in {folder}: install the package again")
+    if "model" in kwargs:  # it may have been fitted to other energies
+        raise UserError(
+            f"--energy_model_kwargs: {name} has the model that it declares the scale of; for another one give the "
+            "calculator's import path as --energy_model, and its --energy_scale"
+        )
+    weights = {path.name: _sha256(path) for path in sorted(folder.glob(engine.weights))}
+    if not weights:
+        raise UserError(f"--energy_model={name}: no {engine.weights} in {folder}: install the package again")
     path = f"{__name__}:{name}"
     package = _package(engine.distribution)
-    return EnergyModel(name, path, shared["kwargs"], engine.scale, functional or engine.functional, weights, package)
+    values = json.dumps(kwargs, sort_keys=True)
+    return EnergyModel(name, path, values, engine.scale, functional or engine.functional, weights, package)
 
 
 def _require(package: str, name: str, fix: str) -> Path:
