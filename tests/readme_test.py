@@ -35,7 +35,7 @@ NOT_COPIED += ("runs", "data")  # what a user made in the clone
 TIMEOUT = 300
 PROGRAMS = {"unimat": [], "python -m unimat_jax.main": ["train"], "python -m data_prep.prepare": ["prepare"]}
 PROGRAMS |= {"python -m unimat_jax.generate": ["generate"], "python -m unimat_jax.quickstart": ["quickstart"]}
-PROGRAMS |= {"python -m unimat_jax.evaluate": ["evaluate"]}
+PROGRAMS |= {"python -m unimat_jax.evaluate": ["evaluate"], "python -m unimat_jax.stability": ["stability"]}
 """How a command of ours may begin, and its verb where that is already said."""
 
 

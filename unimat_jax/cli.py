@@ -20,6 +20,7 @@ VERBS = {
         "a checkpoint -> safetensors, JSON and a model card, to share and to generate from",
     ),
     "evaluate": ("unimat_jax.evaluate", "metrics of any crystals against real ones, a report to look at"),
+    "stability": ("unimat_jax.stability.command", "relaxes crystals: formation energies, distances to the convex hull"),
     "check": ("unimat_jax.evaluation.validity", "structure and composition validity of any crystal files"),
     "doctor": ("unimat_jax.doctor.command", "looks at this machine and installation, and says what to do"),
 }

@@ -295,28 +295,14 @@ def _cutoffs(text: str | None) -> tuple[float, float] | None:
     return struct, comp
 
 
-def _prepare_directory(directory: Path, resume: bool, overwrite: bool) -> None:
-    """A directory that is not empty is only touched when it is ours and the user said so."""
-    if directory.exists() and not directory.is_dir():
-        raise UserError(f"--output_dir={directory} is a file: name a directory")
-    if not directory.is_dir() or not any(directory.iterdir()):
-        return
-    if not (resume or overwrite):
-        raise UserError(f"--output_dir={directory} is not empty: add --resume or --overwrite, or name another")
-    if not (directory / CACHE).is_dir() and not (directory / outputs.METRICS).is_file():
-        raise UserError(f"--output_dir={directory} holds something else than an evaluation: name another")
-    for name in (outputs.METRICS, outputs.PARQUET, outputs.CSV, outputs.REPORT):
-        (directory / name).unlink(missing_ok=True)
-    if overwrite and (directory / CACHE).is_dir():
-        for path in (directory / CACHE).iterdir():
-            path.unlink()
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = vars(parser().parse(sys.argv[1:] if argv is None else argv))
     _check_needs(arguments["spec"], arguments["reference"], arguments["train"], arguments["known"])
     cutoffs = _cutoffs(arguments.pop("cutoffs"))
-    _prepare_directory(arguments["output_dir"], arguments.pop("resume"), arguments.pop("overwrite"))
+    outputs.prepare_directory(
+        arguments["output_dir"], resume=arguments.pop("resume"), overwrite=arguments.pop("overwrite"), kept=CACHE,
+        made=(outputs.METRICS, outputs.PARQUET, outputs.CSV, outputs.REPORT), what="an evaluation",
+    )  # fmt: skip
     dataset = arguments.pop("dataset") or ""
     evaluate(cutoffs=cutoffs, dataset=dataset, **arguments)
     return 0

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from unimat_jax.errors import UserError
 from unimat_jax.evaluation.measure import Measured
 from unimat_jax.evaluation.metrics import PER_CENT, Metric
 from unimat_jax.evaluation.scoring import Scored
@@ -19,10 +20,41 @@ METRICS, PARQUET, CSV, REPORT = "metrics.json", "per_structure.parquet", "per_st
 FIRST_COLUMNS = ("uid", "formula", "status", "valid", "struct_valid", "comp_valid", "struct_valid_strict")
 
 
+def prepare_directory(
+    directory: Path, *, resume: bool, overwrite: bool, kept: str, made: Sequence[str], what: str
+) -> None:
+    """Makes `directory` ready for another run: a directory that is not empty is only touched when it is ours and the
+    user said so.
+
+    kept: the file or directory with what is finished, which `resume` keeps and `overwrite` deletes; made: the files
+    that every run writes anew. Ours has `kept` or the first of `made`. Raises UserError.
+    """
+    if directory.exists() and not directory.is_dir():
+        raise UserError(f"--output_dir={directory} is a file: name a directory")
+    if not directory.is_dir() or not any(directory.iterdir()):
+        return
+    if not (resume or overwrite):
+        raise UserError(f"--output_dir={directory} is not empty: add --resume or --overwrite, or name another")
+    if not (directory / kept).exists() and not (directory / made[0]).is_file():
+        raise UserError(f"--output_dir={directory} holds something else than {what}: name another")
+    for name in made:
+        (directory / name).unlink(missing_ok=True)
+    if overwrite and (directory / kept).is_dir():
+        for path in (directory / kept).iterdir():
+            path.unlink()
+    elif overwrite:
+        (directory / kept).unlink(missing_ok=True)
+
+
 def rows_of(measured: Sequence[Measured]) -> list[dict[str, Any]]:
     """The per-structure table: every row with every column, the telling ones first, None where there is no value."""
-    names = dict.fromkeys([*FIRST_COLUMNS, *(name for m in measured for name in m.row)])
-    return [{name: _plain(m.row.get(name)) for name in names} for m in measured]
+    return full_rows([m.row for m in measured], FIRST_COLUMNS)
+
+
+def full_rows(rows: Sequence[Mapping[str, Any]], first: Sequence[str]) -> list[dict[str, Any]]:
+    """The rows with all columns of all of them, `first` first; None where there is no value or no finite one."""
+    names = dict.fromkeys([*first, *(name for row in rows for name in row)])
+    return [{name: _plain(row.get(name)) for name in names} for row in rows]
 
 
 def _plain(value: Any) -> Any:

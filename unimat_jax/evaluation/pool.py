@@ -86,10 +86,21 @@ class Pool:
         self, function: Callable[[Any], Any], items: Iterable[Any], *, progress: str = "", unit: str = "structure"
     ) -> Iterator[Any]:
         """As `map_isolated`. One map at a time."""
-        items = list(items)
-        failures = 0
         done: dict[int, Any] = {}
         position = 0
+        with contextlib.closing(self.as_completed(function, items, progress=progress, unit=unit)) as results:
+            for index, result in results:
+                done[index] = result
+                while position in done:
+                    yield done.pop(position)
+                    position += 1
+
+    def as_completed(
+        self, function: Callable[[Any], Any], items: Iterable[Any], *, progress: str = "", unit: str = "structure"
+    ) -> Generator[tuple[int, Any]]:
+        """(index of the item, result or Failure) as soon as each is there, whatever the order."""
+        items = list(items)
+        failures = 0
         with (
             progress_bar(len(items), progress, unit) as bar,
             contextlib.closing(self._results(function, items)) as results,
@@ -99,10 +110,7 @@ class Pool:
                 if failures:
                     bar.set_postfix(failed=failures, refresh=False)
                 bar.update()
-                done[index] = result
-                while position in done:
-                    yield done.pop(position)
-                    position += 1
+                yield index, result
 
     def _results(self, function: Callable[[Any], Any], items: Sequence[Any]) -> Generator[tuple[int, Any]]:
         """(index, result) as they come."""
