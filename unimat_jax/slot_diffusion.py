@@ -211,7 +211,8 @@ class SlotDiffusion:
 
 def cell_metric(lattice: jax.Array, num_atoms: jax.Array, spec: UniMatSpec) -> jax.Array:
     """Metric tensors [B, 3, 3] (Angstrom^2) of noisy standardised lattices [B, 6]. Lengths are kept within 1 and 100
-    Angstrom, cosines within 0.95: what noise makes of a cell may be none."""
+    Angstrom, cosines within 0.95, eigenvalues of a logarithm within 0.01 and 10,000: what noise makes of a cell may be
+    none."""
     raw = lattice * jnp.asarray(spec.lattice_std, jnp.float32) + jnp.asarray(spec.lattice_mean, jnp.float32)
     size = jnp.cbrt(jnp.maximum(num_atoms, 1).astype(jnp.float32))[:, None]
     rows, columns = np.triu_indices(3)
@@ -219,7 +220,7 @@ def cell_metric(lattice: jax.Array, num_atoms: jax.Array, spec: UniMatSpec) -> j
         half = jnp.zeros((len(lattice), 3, 3)).at[:, rows, columns].set(raw)
         values, vectors = jnp.linalg.eigh(half + jnp.triu(half, 1).mT)
         values = jnp.exp(values) * size**2
-        return jnp.einsum("bij,bj,bkj->bik", vectors, values.clip(1.0, 1e4), vectors)
+        return jnp.einsum("bij,bj,bkj->bik", vectors, values.clip(0.01, 1e4), vectors)
     lengths = (jnp.exp(raw[:, :3].clip(-20.0, 20.0)) * size).clip(1.0, 100.0)
     alpha, beta, gamma = jnp.moveaxis(raw[:, 3:].clip(-0.95, 0.95), -1, 0)
     one = jnp.ones_like(alpha)
