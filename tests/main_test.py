@@ -15,7 +15,7 @@ from unimat_jax.periodic_table import SYMBOLS
 from unimat_jax.train_state import SCHEDULES
 
 CONFIGS = sorted(path.stem for path in main.config_directory().glob("*.py") if path.stem != "__init__")
-NEEDED = {"quickstart", "perov_5", "carbon_24", "mp_20", "unimat"}
+NEEDED = {"quickstart", "perov_5", "perov_5_slots", "carbon_24", "mp_20", "unimat"}
 
 
 def load(*arguments):

@@ -23,6 +23,8 @@ from unimat_jax.representation import UniMatSpec
 from unimat_jax.requests import Request, count_table
 from unimat_jax.sampler import LATTICE_RANGE, ancestral_step, ddim_step, time_grid
 
+MEAN_BELOW = 0.1
+"""Noise (fractions of the cell) below which the method "mean" adds none: which atom sits where is settled by then."""
 PADDING = 4
 """Requests are padded to a multiple of so many atoms, so that a few compiled programs serve all sizes."""
 
@@ -132,7 +134,7 @@ class SlotDiffusion:
         """Samples (x_0 [B, L, H, W, 3], lattice_0 [B, D]) in model units. arrays: of `conditions`, and `indices` [B].
 
         All noise of a sample comes from (key, its index), the same for an atom whatever the padding. method:
-        "ancestral", "mean" (ancestral steps without their noise: narrower than the learned distribution), "ddim" (the
+        "ancestral", "mean" (ancestral, without noise at its end: narrower than the learned distribution), "ddim" (the
         probability flow) or "heun" (the same, of second order, with two evaluations a step).
         """
         if method not in self.METHODS:
@@ -178,12 +180,14 @@ class SlotDiffusion:
                 slope = 0.5 * (pulled + again / jnp.where(last, 1.0, ratio))
                 next_frac = jnp.where(last, next_frac, frac - (1 - ratio) * slope)
                 next_lattice = ddim_step(lattice, 0.5 * (lattice_0 + lattice_1), *logsnr)
-            if method == "ancestral":
+            if method in ("ancestral", "mean"):
                 x_noise, lattice_noise = draw(i + 1, jax.random.normal)
                 # Between the posterior's variance and the forward process's, as `sampler.ancestral_step` has it.
                 std = sigmas[i + 1] ** (1 - log_variance_interpolation) * sigmas[i] ** log_variance_interpolation
-                next_frac = next_frac + jnp.where(last, 0.0, std * jnp.sqrt(1 - ratio**2)) * x_noise
-                next_lattice = ancestral_step(lattice, lattice_0, *logsnr, lattice_noise, log_variance_interpolation)
+                quiet = last | (sigmas[i] < MEAN_BELOW) if method == "mean" else last
+                next_frac = next_frac + jnp.where(quiet, 0.0, std * jnp.sqrt(1 - ratio**2)) * x_noise
+                noisy = ancestral_step(lattice, lattice_0, *logsnr, lattice_noise, log_variance_interpolation)
+                next_lattice = jnp.where(quiet, next_lattice, noisy)
             return (torus.wrap(next_frac), jnp.where(last, lattice_0, next_lattice)), None
 
         start = draw(0, jax.random.uniform)
