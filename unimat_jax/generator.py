@@ -94,8 +94,7 @@ class Generator:
     def settings(self, **changes: Any) -> SamplerSettings:
         """The checkpoint's sampler settings with `changes`, where they are not None."""
         settings = SamplerSettings(**{**self.config["sample"], **{k: v for k, v in changes.items() if v is not None}})
-        if settings.method not in self._objective.METHODS:
-            raise UserError(f"method = {settings.method!r}: choose from {self._objective.METHODS}")
+        self._objective.check_sampler(dataclasses.asdict(settings))
         return settings
 
     def requests(
@@ -121,10 +120,13 @@ class Generator:
             formulas = [f.strip() for f in formula.split(",")] if isinstance(formula, str) else list(formula)
             return formula_requests(formulas, parse_units(num_formula_units), num_samples, seed, self.spec)
         if chemical_system is not None:
-            return element_requests("chemical_system", chemical_system, num_samples, self.spec)
-        if elements is not None:
-            return element_requests("elements", elements, num_samples, self.spec)
-        return [Request("none")] * num_samples
+            requests = element_requests("chemical_system", chemical_system, num_samples, self.spec)
+        elif elements is not None:
+            requests = element_requests("elements", elements, num_samples, self.spec)
+        else:
+            requests = [Request("none")] * num_samples
+        self._objective.conditions(requests[:1], *self.properties({}))  # what the model cannot be asked ends here
+        return requests
 
     def properties(self, condition: Mapping[str, float]) -> tuple[np.ndarray, np.ndarray]:
         """Standardised values [P] and flags [P] of a condition. Raises UserError for an unknown name."""

@@ -88,6 +88,16 @@ class SlotDiffusion:
         x_loss = diffusion.weighted_mean_square(x_pred - x_target, mask.astype(jnp.float32))
         return x_loss, jnp.mean(jnp.square(lattice_error), -1)
 
+    def check_sampler(self, settings: Mapping[str, Any]) -> None:
+        """Raises UserError for fields of config.sample that cannot be."""
+        if settings["method"] not in self.METHODS:
+            raise UserError(f"config.sample.method (--method) = {settings['method']!r}: choose from {self.METHODS}")
+        if settings["guidance_weight"]:
+            raise UserError(
+                f"config.sample.guidance_weight = {settings['guidance_weight']}: the slots model has no properties to "
+                "guide: give 0"
+            )
+
     def conditions(self, requests: Sequence[Request], values: np.ndarray, given: np.ndarray) -> dict[str, np.ndarray]:
         """Arrays of a batch of requests: `slot` [B, A], flat in [L, H, W], L H W where padded. values, given:
         properties, of which this model has none. Raises UserError for requests without an exact composition."""
@@ -137,10 +147,7 @@ class SlotDiffusion:
         "ancestral", "mean" (ancestral, without noise at its end: narrower than the learned distribution), "ddim" (the
         probability flow) or "heun" (the same, of second order, with two evaluations a step).
         """
-        if method not in self.METHODS:
-            raise ValueError(f"method = {method!r}: choose from {self.METHODS}")
-        if guidance_weight:
-            raise UserError(f"guidance_weight = {guidance_weight}: the slots model has no properties to guide; give 0")
+        self.check_sampler({"method": method, "guidance_weight": guidance_weight})
         slot = arrays["slot"]
         mask, number = slot < self.spec.num_slots, len(slot)
         times = time_grid(num_steps, time_power)

@@ -37,8 +37,6 @@ class TensorDiffusion:
     elements_share: float
     property_drop_rate: float
 
-    METHODS = sampler.METHODS
-
     def __post_init__(self):
         if self.prediction_type not in diffusion.PREDICTION_TYPES:
             raise UserError(
@@ -87,6 +85,11 @@ class TensorDiffusion:
         x_error = x_pred - diffusion.target(x_0, x_eps, logsnr, self.prediction_type)
         lattice_error = lattice_pred - diffusion.target(lattice_0, lattice_eps, logsnr, self.prediction_type)
         return diffusion.weighted_mean_square(x_error, weight), jnp.mean(jnp.square(lattice_error), -1)
+
+    def check_sampler(self, settings: Mapping[str, Any]) -> None:
+        """Raises UserError for fields of config.sample that cannot be."""
+        if settings["method"] not in sampler.METHODS:
+            raise UserError(f"config.sample.method (--method) = {settings['method']!r}: choose from {sampler.METHODS}")
 
     def conditions(self, requests: Sequence[Request], values: np.ndarray, given: np.ndarray) -> dict[str, np.ndarray]:
         """Arrays of a batch of requests and of a condition's standardised properties (`values`, `given` [P]): those of

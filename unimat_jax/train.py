@@ -82,9 +82,7 @@ class _Training:
         self._open_data()
 
         self.run = assemble(config, self.spec, self.schema, self.mesh)
-        methods = self.run.objective.METHODS
-        if config.sample.method not in methods:
-            raise UserError(f"config.sample.method = {config.sample.method!r}: choose from {methods}")
+        self.run.objective.check_sampler(config.sample)
         self.by_batch = sharding.batch_sharding(self.mesh)
         self.step_key, self.eval_key = (jax.random.fold_in(jax.random.key(config.train.seed), i) for i in (1, 2))
 

@@ -31,15 +31,14 @@ class Objective(Protocol):
     def spec(self) -> UniMatSpec: ...
     @property
     def lattice_weight(self) -> float: ...
-    @property
-    def METHODS(self) -> tuple[str, ...]:
-        """Values that config.sample.method may have."""
-        ...
-
     def losses(
         self, params: Any, batch: Mapping[str, jax.Array], key: jax.Array, t: jax.Array, train: bool
     ) -> tuple[jax.Array, jax.Array]:
         """Squared errors of the atoms' places and of the lattice, one of each an example [B], at times t [B]."""
+        ...
+
+    def check_sampler(self, settings: Mapping[str, Any]) -> None:
+        """Raises UserError for fields of config.sample that cannot be."""
         ...
 
     def conditions(self, requests: Sequence[Request], values: np.ndarray, given: np.ndarray) -> dict[str, np.ndarray]:
