@@ -26,5 +26,6 @@ def get_config():
     config.train.eval_examples = 1_024
     config.sample.method = "mean"
     config.sample.num_steps = 100
+    config.sample.time_power = 0.5  # which atom sits where is settled at noise of 0.1 to 0.3 of the cell
     config.sample.batch_size = 256
     return config

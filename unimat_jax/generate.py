@@ -61,7 +61,9 @@ def parser() -> Parser:
     p.add_argument(
         "--method", help="ancestral or ddim; slots models also mean (no noise) or heun; else the checkpoint's"
     )
-    p.add_argument("--time_power", type=float, help="above 1: the sampler's steps lie closer near the data")
+    p.add_argument(
+        "--time_power", type=float, help="above 1: the sampler's steps lie closer near the data; below 1: near noise"
+    )
     p.add_argument("--log_variance_interpolation", type=float, help="the paper's 0.1, for ancestral sampling")
     p.add_argument("--batch_size", type=int, help="samples at a time; changes speed and memory only")
     p.add_argument("--step", type=int, help="of the checkpoint; default: the latest")

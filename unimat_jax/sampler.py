@@ -25,7 +25,7 @@ DenoiseFn = Callable[[jax.Array, jax.Array, jax.Array, Condition], tuple[jax.Arr
 
 
 def time_grid(num_steps: int, power: float = 1.0) -> jax.Array:
-    """Times [num_steps + 1] from 1 (noise) to 0 (data): evenly spaced, to a `power` above 1 closer near the data."""
+    """Times [num_steps + 1] from 1 (noise) to 0 (data): even, to a `power`; above 1 closer near the data."""
     times = jnp.linspace(1.0, 0.0, num_steps + 1)
     return times if power == 1 else times**power
 

@@ -23,7 +23,7 @@ from unimat_jax.representation import UniMatSpec
 from unimat_jax.requests import Request, count_table
 from unimat_jax.sampler import LATTICE_RANGE, ancestral_step, ddim_step, time_grid
 
-MEAN_BELOW = 0.1
+MEAN_BELOW = 0.2
 """Noise (fractions of the cell) below which the method "mean" adds none: which atom sits where is settled by then."""
 PADDING = 4
 """Requests are padded to a multiple of so many atoms, so that a few compiled programs serve all sizes."""
