@@ -68,9 +68,7 @@ def get_config(model: str = "unet3d") -> Any:  # a ConfigDict; its fields are un
     config.sample.log_variance_interpolation = 0.1  # (paper)
     config.sample.guidance_weight = 0.0  # the paper's w, on properties
     config.sample.batch_size = 64
-    config.sample.time_power = (
-        1.0  # times are even, to this power: above 1 closer near the data, below 1 near the noise
-    )
+    config.sample.time_power = 1.0  # times are even, to this power: above 1 closer near the data
     return config
 
 
