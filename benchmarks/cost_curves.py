@@ -29,7 +29,7 @@ import numpy as np
 from benchmarks.fingerprints import commit, machine
 from benchmarks.peer_jax import matmul_peak, random_batch
 from unimat_jax import sharding
-from unimat_jax.assembly import abstract_conditions, assemble, create_network, init_arguments, sampler_program
+from unimat_jax.assembly import assemble, create_network, init_arguments, sampler_program
 from unimat_jax.cli import Parser, run_program
 from unimat_jax.flops import count_flops, model_cost
 from unimat_jax.main import config_path, load_config
@@ -111,12 +111,9 @@ class Point:
         self.batch = jax.tree.map(jnp.asarray, random_batch(spec, point["batch"], 0))
         self.key, self.state = jax.random.key(0), run.init()
         self.conditions = {
-            k: jnp.zeros(a.shape, a.dtype) for k, a in abstract_conditions(spec, 0, point["batch"]).items()
+            k: jnp.zeros(a.shape, a.dtype) for k, a in run.objective.abstract_conditions(0, point["batch"]).items()
         }
-        program = sampler_program(
-            run.network.apply, spec, mesh, diffusion=config.diffusion,
-            **{**config.sample, "num_steps": SAMPLER_STEPS, "batch_size": point["batch"]},
-        )  # fmt: skip
+        program = sampler_program(run.objective, mesh, **{**config.sample, "num_steps": SAMPLER_STEPS})
         params = self.state.ema_params
         self.train_flops = count_flops(run.train_step, self.state, self.batch, self.key)
         self.sample_flops = count_flops(program, params, self.key, self.conditions) / SAMPLER_STEPS

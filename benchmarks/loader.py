@@ -17,11 +17,11 @@ import jax
 import jax.numpy as jnp
 
 from unimat_jax import data, models
-from unimat_jax.assembly import compiler_options, init_arguments
+from unimat_jax.assembly import compiler_options, create_objective, init_arguments
 from unimat_jax.cli import Parser, run_program
 from unimat_jax.main import config_path, load_config
 from unimat_jax.train_state import create_state, make_optimizer, make_schedule
-from unimat_jax.train_step import Objective, train_step
+from unimat_jax.train_step import train_step
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,9 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     network = models.create(config.model.name, **{k: v for k, v in config.model.items() if k != "name"})
     schedule = make_schedule(learning_rate=1e-4, schedule="constant", warmup_steps=1, num_steps=1000, final_factor=1.0)
     optimizer = make_optimizer(schedule, b1=0.9, b2=0.99, weight_decay=0.0, grad_clip=1.0)
-    variables = init_arguments(spec, 0)
+    variables = init_arguments(spec, 0, config.model.name)
     init = jax.jit(lambda: create_state(lambda: network.init(jax.random.key(0), *variables)["params"], optimizer))
-    objective = Objective(apply=network.apply, spec=spec, **config.diffusion)
+    objective = create_objective(config.model, config.diffusion, spec)
     step = functools.partial(train_step, objective=objective, optimizer=optimizer, ema_decay=0.999)
     jitted = jax.jit(step, donate_argnums=0, compiler_options=compiler_options(jax.default_backend()))
     batch = {name: jnp.asarray(value) for name, value in maker(0).items()}

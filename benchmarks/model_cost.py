@@ -24,6 +24,8 @@ SIZES = {"unimat": ("small", "medium", "large")}
 DATA_GRIDS = {"starter": (3, 5, 18), "perov_5": (3, 6, 17), "carbon_24": (24, 1, 1), "mp_20": (20, 9, 18)}
 """(L, H, W) of a data set's own table, as the training program announces it: most atoms of one element, and the rows
 and columns that have an element of it. "starter" is the quickstart's selection of it."""
+DATA_ATOMS = {"perov_5": 5}
+"""Atoms of a data set's largest crystal, where a network of slots asks for it and it is more than L."""
 HEADER = """| config | L x H x W | parameters | forward, GFLOP | training, GFLOP |
 |---|---|---|---|---|"""
 
@@ -42,7 +44,7 @@ def spec_of(config: Any) -> UniMatSpec:
     table = {"full": Table(), "data": Table(tuple(range(rows)), tuple(range(columns)))}.get(config.data.table)
     return UniMatSpec(
         max_atoms_per_element=config.data.max_atoms_per_element or levels,
-        max_atoms=levels,
+        max_atoms=DATA_ATOMS.get(config.data.dataset, levels),
         table=table or Table.of_elements(config.data.table.split(",")),
         coordinates=config.data.coordinates,
         lattice_form=config.data.lattice_form,
@@ -54,7 +56,7 @@ def network_of(name: str) -> tuple[tuple[int, int, int], Any, tuple[Any, ...]]:
     config, _, _ = load_config([f"--config={name}", "--workdir=unused"])
     spec = spec_of(config)
     network = create_network({field: value for field, value in config.model.items() if field != "remat"})
-    return spec.grid, network, init_arguments(spec, len(config.data.properties))
+    return spec.grid, network, init_arguments(spec, len(config.data.properties), config.model.name)
 
 
 def row(name: str) -> str:

@@ -25,8 +25,9 @@ from unimat_jax.evaluation.pool import available_cores
 from unimat_jax.flops import count_flops, count_flops_by_scope
 from unimat_jax.periodic_table import Table
 from unimat_jax.representation import NULL_VALUE, UniMatSpec
+from unimat_jax.tensor_diffusion import TensorDiffusion
 from unimat_jax.train_state import create_state, make_optimizer, make_schedule
-from unimat_jax.train_step import Objective, train_step
+from unimat_jax.train_step import train_step
 
 SETTINGS = {
     "base_channels": 64, "channel_multipliers": (1, 2, 4), "num_res_blocks": 3, "attention_resolutions": (3, 9),
@@ -93,7 +94,7 @@ class Ours:
             num_steps=1000, learning_rate=o.learning_rate, schedule="constant", warmup_steps=1, final_factor=1.0
         )
         optimizer = make_optimizer(schedule, b1=o.b1, b2=o.b2, weight_decay=o.weight_decay, grad_clip=o.grad_clip)
-        objective = Objective(apply=self.network.apply, spec=self.spec, **config.diffusion)
+        objective = TensorDiffusion(apply=self.network.apply, spec=self.spec, **config.diffusion)
         step = functools.partial(train_step, objective=objective, optimizer=optimizer, ema_decay=o.ema_decay)
         self.train_step = jax.jit(step, donate_argnums=0, compiler_options=compiler_options(jax.default_backend()))
         self.cond = no_condition(self.spec, batch_size)

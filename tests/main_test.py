@@ -7,16 +7,15 @@ import numpy as np
 import pytest
 
 from unimat_jax import data, main, models
-from unimat_jax.assembly import init_arguments
+from unimat_jax.assembly import create_objective, init_arguments
 from unimat_jax.cli import run_program
 from unimat_jax.default_config import get_config
 from unimat_jax.errors import UserError
 from unimat_jax.periodic_table import SYMBOLS
 from unimat_jax.train_state import SCHEDULES
-from unimat_jax.train_step import Objective
 
 CONFIGS = sorted(path.stem for path in main.config_directory().glob("*.py") if path.stem != "__init__")
-NEEDED = {"quickstart", "perov_5", "carbon_24", "mp_20", "unimat"}
+NEEDED = {"quickstart", "perov_5", "perov_5_slots", "carbon_24", "mp_20", "unimat"}
 
 
 def load(*arguments):
@@ -94,7 +93,7 @@ def test_every_config_has_the_defaults_fields_and_is_locked(name):
     config, _, _ = load(f"--config={name}", "--workdir=w")
     with pytest.raises((AttributeError, KeyError)):
         config.train.num_stepz = 1
-    known, found = get_config(), config
+    known, found = get_config(config.model.name), config
     for section in known:
         if section != "data":
             assert set(found[section]) == set(known[section]), section
@@ -127,13 +126,13 @@ def test_every_config_builds_its_network(name):
         coordinates=config.data.coordinates, lattice_form=config.data.lattice_form,
     )  # fmt: skip
     network = models.create(**config.model)
-    arguments = init_arguments(spec, len(config.data.properties))
+    arguments = init_arguments(spec, len(config.data.properties), config.model.name)
     shapes = jax.eval_shape(lambda: network.init(jax.random.key(0), *arguments)["params"])
     x, lattice = jax.eval_shape(lambda p: network.apply({"params": p}, *arguments), shapes)
-    assert x.shape == (1, *spec.grid, 3) and lattice.shape == (1, spec.lattice_size)
+    assert x.shape == arguments[0].shape and lattice.shape == (1, spec.lattice_size)
     number = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(shapes))
     assert number > 3e8 if name == "unimat" else number > 1e4
-    assert Objective(network.apply, spec, **config.diffusion).null_weight > 0
+    assert create_objective(config.model, config.diffusion, spec).lattice_weight > 0
 
 
 def test_the_papers_values():

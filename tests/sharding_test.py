@@ -13,8 +13,9 @@ from tiny_run import BATCH_SIZE, PROPERTY, TINY_MODEL
 from unimat_jax import data, models, sharding
 from unimat_jax.assembly import init_arguments
 from unimat_jax.errors import UserError
+from unimat_jax.tensor_diffusion import TensorDiffusion
 from unimat_jax.train_state import create_state
-from unimat_jax.train_step import Objective, train_step
+from unimat_jax.train_step import train_step
 
 
 def test_meshes():
@@ -78,7 +79,7 @@ def parts(tiny_data):
     diffusion = {"prediction_type": "v", "logsnr_min": -20.0, "logsnr_max": 20.0, "null_weight": 0.1}
     diffusion |= {"lattice_weight": 1.0, "counts_share": 0.5, "elements_share": 0.25, "property_drop_rate": 0.2}
     optimizer = optax.sgd(0.1, momentum=0.9)  # Adam's first step is the sign of a gradient: rounding would show
-    objective = Objective(network.apply, spec, **diffusion)
+    objective = TensorDiffusion(network.apply, spec, **diffusion)
     step = functools.partial(train_step, objective=objective, optimizer=optimizer, ema_decay=0.9)
     return lambda: create_state(lambda: jax.tree.map(jnp.asarray, params), optimizer), step, batch
 

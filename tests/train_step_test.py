@@ -13,8 +13,9 @@ from unimat_jax import diffusion
 from unimat_jax.densify import densify, occupancy
 from unimat_jax.periodic_table import Table
 from unimat_jax.representation import NULL_VALUE, UniMatSpec, batch_records, encode, model_inputs
+from unimat_jax.tensor_diffusion import TensorDiffusion
 from unimat_jax.train_state import create_state
-from unimat_jax.train_step import EVAL_TIMES, Objective, eval_metrics, eval_step, train_step
+from unimat_jax.train_step import EVAL_TIMES, eval_metrics, eval_step, train_step
 
 SPEC = UniMatSpec(max_atoms_per_element=6, max_atoms=10, table=Table.of_elements(["Sr", "Ti", "O", "Si"]))
 NUMBER = 8
@@ -30,7 +31,7 @@ def batch():
 def objective(apply, **changes):
     settings = {"prediction_type": "x0", "logsnr_min": -20.0, "logsnr_max": 20.0, "null_weight": 0.1}
     settings |= {"lattice_weight": 2.0, "counts_share": 0.4, "elements_share": 0.3, "property_drop_rate": 0.5}
-    return Objective(apply, SPEC, **settings | changes)
+    return TensorDiffusion(apply, SPEC, **settings | changes)
 
 
 @pytest.mark.parametrize("kind", diffusion.PREDICTION_TYPES)

@@ -190,7 +190,7 @@ def test_other_data_of_the_same_name_is_refused(trained, tmp_path):
         ({"train__eval_examples": 0}, r"config.train.eval_examples = 0"),
         ({"train__fsdp": 3}, r"train.fsdp = 3 .* 4 devices"),
         ({"sample__num_steps": 0}, r"config.sample.num_steps = 0"),
-        ({"sample__method": "euler"}, r"config.sample.method = 'euler'.*ancestral.*ddim"),
+        ({"sample__method": "euler"}, r"config.sample.method .* = 'euler'.*ancestral.*ddim"),
         ({"optimizer__schedule": "step"}, r"config.optimizer.schedule = 'step'"),
         ({"model__name": "transformer"}, r"config.model.name = 'transformer'.*unet3d"),
         ({"data__dataset": "mine"}, r"no data set 'mine'.*unimat prepare"),

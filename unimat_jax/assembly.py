@@ -12,18 +12,19 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
-from unimat_jax import models, sampler, sharding
-from unimat_jax.conditioning import free_sites, make_condition
+from unimat_jax import models, sharding
 from unimat_jax.errors import UserError
 from unimat_jax.representation import UniMatSpec
+from unimat_jax.slot_diffusion import SlotDiffusion
+from unimat_jax.tensor_diffusion import TensorDiffusion
 from unimat_jax.train_state import create_state, make_optimizer, make_schedule
 from unimat_jax.train_step import Objective, eval_step, train_step
 
-CONDITION = ("counts", "counts_given", "elements", "elements_given", "properties", "properties_given")
+FAMILIES: dict[str, Any] = {"unet3d": TensorDiffusion, "slots": SlotDiffusion}
+"""What the networks of each name learn (`train_step.Objective`): the one place where model families differ."""
 
 
 def create_network(settings: Mapping[str, Any]) -> Any:
@@ -31,12 +32,18 @@ def create_network(settings: Mapping[str, Any]) -> Any:
     return models.create(settings["name"], **{k: v for k, v in settings.items() if k != "name"})
 
 
-def init_arguments(spec: UniMatSpec, num_properties: int) -> tuple[Any, ...]:
-    """Arguments of the network (batch of 1) to initialise it or to trace its shapes."""
-    lhw, zeros = spec.grid, functools.partial(jnp.zeros, dtype=jnp.float32)
-    properties = zeros((1, num_properties))
-    cond = make_condition(zeros((1, *lhw)), zeros(1), zeros((1, *lhw[1:])), zeros(1), properties, properties)
-    return zeros((1, *lhw, 3)), zeros((1, spec.lattice_size)), zeros(1), cond
+def create_objective(model: Mapping[str, Any], diffusion: Mapping[str, Any], spec: UniMatSpec) -> Objective:
+    """What the network of config.model learns, by config.diffusion. Raises UserError for fields that cannot be."""
+    network = create_network(model)
+    try:
+        return FAMILIES[model["name"]](network.apply, spec, **diffusion)
+    except TypeError as error:
+        raise UserError(f"config.diffusion: {error}") from error
+
+
+def init_arguments(spec: UniMatSpec, num_properties: int, name: str = "unet3d") -> tuple[Any, ...]:
+    """Arguments of the network of a name (batch of 1) to initialise it or to trace its shapes."""
+    return FAMILIES[name].init_arguments(spec, num_properties)
 
 
 def abstract_batch(spec: UniMatSpec, num_properties: int, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
@@ -52,24 +59,6 @@ def abstract_batch(spec: UniMatSpec, num_properties: int, batch_size: int) -> di
         "num_atoms": array(dtype=np.int32),
         "properties": array(num_properties),
         "index": array(dtype=np.int32),
-    }
-
-
-def abstract_conditions(spec: UniMatSpec, num_properties: int, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes of what a sampler of `sampler_program` takes for a batch."""
-
-    def array(*shape: int, dtype: Any = np.float32) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((batch_size, *shape), dtype)
-
-    return {
-        "counts": array(*spec.grid),
-        "counts_given": array(),
-        "elements": array(*spec.table.shape),
-        "elements_given": array(),
-        "properties": array(num_properties),
-        "properties_given": array(num_properties),
-        "forbidden": array(*spec.table.shape, dtype=np.bool_),
-        "indices": array(dtype=np.int32),
     }
 
 
@@ -110,7 +99,7 @@ def assemble(config: Any, spec: UniMatSpec, schema: Sequence[Mapping[str, Any]],
     """The programs of a config for one tensor shape and one mesh. Raises UserError for fields that cannot be."""
     check_microbatches(config.train.batch_size, config.train.microbatches, mesh)
     network = create_network(config.model)
-    arguments = init_arguments(spec, len(schema))
+    arguments = init_arguments(spec, len(schema), config.model.name)
     o = config.optimizer
     schedule = make_schedule(
         num_steps=config.train.num_steps,
@@ -128,7 +117,7 @@ def assemble(config: Any, spec: UniMatSpec, schema: Sequence[Mapping[str, Any]],
     shapes = jax.eval_shape(init)
     shardings = sharding.fsdp_sharding(mesh, shapes)
     by_batch, everywhere = sharding.batch_sharding(mesh), sharding.replicated(mesh)
-    objective = Objective(apply=network.apply, spec=spec, **config.diffusion)
+    objective = create_objective(config.model, config.diffusion, spec)
     platform = mesh.devices.flat[0].platform
     step = functools.partial(
         train_step,
@@ -170,43 +159,14 @@ def check_microbatches(batch_size: int, microbatches: int, mesh: Any) -> None:
         )
 
 
-def sampler_program(
-    apply: Callable[..., Any],
-    spec: UniMatSpec,
-    mesh: Any,
-    *,
-    diffusion: Mapping[str, Any],
-    batch_size: int,
-    num_steps: int,
-    method: str,
-    log_variance_interpolation: float,
-    guidance_weight: float,
-    params_sharding: Any = None,
-) -> Any:
-    """Jitted (params, key, arrays of `abstract_conditions`) -> (x_0 [B, L, H, W, 3], lattice_0 [B, D]), the batch over
-    all devices of the mesh, the parameters on each unless they have another `params_sharding`. `diffusion`: the fields
-    of config.diffusion."""
+def sampler_program(objective: Objective, mesh: Any, *, params_sharding: Any = None, **settings: Any) -> Any:
+    """Jitted (params, key, arrays of `objective.conditions` and `indices`) -> (x_0 [B, L, H, W, 3], lattice_0 [B, D]),
+    the batch over all devices of the mesh, the parameters on each unless they have another `params_sharding`. settings:
+    the fields of config.sample; `batch_size` is that of the arrays, and may be left out."""
+    settings.pop("batch_size", None)
 
     def run(params, key, arrays):
-        cond = make_condition(*(arrays[name] for name in CONDITION))
-        free = free_sites(cond, spec)
-        return sampler.sample(
-            functools.partial(apply, {"params": params}),
-            key,
-            (batch_size, *spec.grid, 3),
-            lattice_size=spec.lattice_size,
-            indices=arrays["indices"],
-            cond=cond,
-            free=free,
-            forced_null=arrays["forbidden"][:, None] & free,
-            num_steps=num_steps,
-            method=method,
-            log_variance_interpolation=log_variance_interpolation,
-            guidance_weight=guidance_weight,
-            prediction_type=diffusion["prediction_type"],
-            logsnr_min=diffusion["logsnr_min"],
-            logsnr_max=diffusion["logsnr_max"],
-        )
+        return objective.sample(params, key, arrays, **settings)
 
     everywhere, by_batch = sharding.replicated(mesh), sharding.batch_sharding(mesh)
     params_sharding = everywhere if params_sharding is None else params_sharding

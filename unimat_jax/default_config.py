@@ -10,7 +10,8 @@ from typing import Any
 from ml_collections import ConfigDict
 
 
-def get_config() -> Any:  # a ConfigDict; its fields are unknown to type checkers
+def get_config(model: str = "unet3d") -> Any:  # a ConfigDict; its fields are unknown to type checkers
+    """The fields of a kind of model, which has its own sections `model` and `diffusion`."""
     config: Any = ConfigDict()
 
     config.data = ConfigDict()
@@ -30,36 +31,7 @@ def get_config() -> Any:  # a ConfigDict; its fields are unknown to type checker
     config.data.prefetch = 8  # batches made ahead
     config.data.prepare = ConfigDict()  # options of data_prep.prepare.prepare for the quickstart, as max_atoms
 
-    config.model = ConfigDict()
-    config.model.name = "unet3d"
-    config.model.base_channels = 256  # (paper)
-    config.model.channel_multipliers = (1, 2, 4)  # (paper)
-    config.model.num_res_blocks = 3  # per level (paper)
-    config.model.attention_resolutions = (1, 3, 9)  # down-sampling factors of H x W with attention (paper)
-    config.model.head_dim = 64  # (paper)
-    config.model.dropout_rate = 0.1  # (paper)
-    config.model.place_embedding = True  # a learned vector for each place of the table
-    config.model.convolution = "axial"  # 1 x 3 x 3 plus 3 x 1 x 1; "full": 3 x 3 x 3; "plane": 1 x 3 x 3
-    config.model.attention = "factorised"  # H W, then L; "full": all sites at once
-    config.model.attention_kernel = "xla"  # "cudnn": fused, NVIDIA GPUs in bfloat16 (not measured yet)
-    config.model.coordinate_frequencies = 0  # K > 0: sin and cos of coordinates, 1, 2, ... 2^(K-1) waves, as input
-    config.model.attended_sites = 0  # K > 0: attention among the K likeliest sites, told of coordinate differences
-    config.model.site_width = 128  # of its tokens
-    config.model.dtype = (
-        "float32"  # of activations and products; "bfloat16": parameters, norms, softmax, loss stay float32
-    )
-    config.model.scan_blocks = False  # equal blocks in a loop: less to compile, slow on CPU; parameters stay the same
-    config.model.remat = False  # compute each block again for its gradient: much less memory, a third more work
-
-    config.diffusion = ConfigDict()
-    config.diffusion.prediction_type = "eps"  # (paper); "x0", "v"
-    config.diffusion.logsnr_min = -20.0  # (paper)
-    config.diffusion.logsnr_max = 20.0  # (paper)
-    config.diffusion.null_weight = 1.0  # loss weight of a null site against an occupied one; 1: plain mean (paper)
-    config.diffusion.lattice_weight = 1.0  # loss weight of the six lattice numbers' mean against the sites' mean
-    config.diffusion.counts_share = 0.5  # share of training examples conditioned on exact counts
-    config.diffusion.elements_share = 0.25  # ... on their elements only; the rest on nothing
-    config.diffusion.property_drop_rate = 0.2  # each property is dropped at this rate
+    config.model, config.diffusion = MODELS[model]()
 
     config.optimizer = ConfigDict()
     config.optimizer.learning_rate = 1e-4  # (paper)
@@ -91,9 +63,65 @@ def get_config() -> Any:  # a ConfigDict; its fields are unknown to type checker
     config.train.log_batches = False  # write the examples of every step into batches_PROCESS.jsonl
 
     config.sample = ConfigDict()
-    config.sample.method = "ancestral"  # (paper); "ddim"
+    config.sample.method = "ancestral"  # (paper); "ddim"; slots: also "mean", "heun"
     config.sample.num_steps = 256  # (paper)
     config.sample.log_variance_interpolation = 0.1  # (paper)
     config.sample.guidance_weight = 0.0  # the paper's w, on properties
     config.sample.batch_size = 64
+    config.sample.time_power = 1.0  # times are even, to this power: above 1 closer near the data
     return config
+
+
+def _unet3d() -> tuple[Any, Any]:
+    model, diffusion = ConfigDict(), ConfigDict()
+    model.name = "unet3d"
+    model.base_channels = 256  # (paper)
+    model.channel_multipliers = (1, 2, 4)  # (paper)
+    model.num_res_blocks = 3  # per level (paper)
+    model.attention_resolutions = (1, 3, 9)  # down-sampling factors of H x W with attention (paper)
+    model.head_dim = 64  # (paper)
+    model.dropout_rate = 0.1  # (paper)
+    model.place_embedding = True  # a learned vector for each place of the table
+    model.convolution = "axial"  # 1 x 3 x 3 plus 3 x 1 x 1; "full": 3 x 3 x 3; "plane": 1 x 3 x 3
+    model.attention = "factorised"  # H W, then L; "full": all sites at once
+    model.attention_kernel = "xla"  # "cudnn": fused, NVIDIA GPUs in bfloat16 (not measured yet)
+    model.coordinate_frequencies = 0  # K > 0: sin and cos of coordinates, 1, 2, ... 2^(K-1) waves, as input
+    model.attended_sites = 0  # K > 0: attention among the K likeliest sites, told of coordinate differences
+    model.site_width = 128  # of its tokens
+    model.dtype = "float32"  # of activations and products; "bfloat16": parameters, norms, softmax, loss stay float32
+    model.scan_blocks = False  # equal blocks in a loop: less to compile, slow on CPU; parameters stay the same
+    model.remat = False  # compute each block again for its gradient: much less memory, a third more work
+
+    diffusion.prediction_type = "eps"  # (paper); "x0", "v"
+    diffusion.logsnr_min = -20.0  # (paper)
+    diffusion.logsnr_max = 20.0  # (paper)
+    diffusion.null_weight = 1.0  # loss weight of a null site against an occupied one; 1: plain mean (paper)
+    diffusion.lattice_weight = 1.0  # loss weight of the six lattice numbers' mean against the sites' mean
+    diffusion.counts_share = 0.5  # share of training examples conditioned on exact counts
+    diffusion.elements_share = 0.25  # ... on their elements only; the rest on nothing
+    diffusion.property_drop_rate = 0.2  # each property is dropped at this rate
+    return model, diffusion
+
+
+def _slots() -> tuple[Any, Any]:
+    model, diffusion = ConfigDict(), ConfigDict()
+    model.name = "slots"
+    model.width = 128  # of a token
+    model.depth = 6  # blocks
+    model.heads = 8
+    model.pair_width = 64  # of what a pair's geometry becomes
+    model.mlp_factor = 2  # width of the hidden layer of a token, in widths
+    model.dropout_rate = 0.0
+    model.distances = True  # pair geometry: distances in the noisy cell (Angstrom), beside fractional differences
+    model.dtype = "float32"  # as the U-Net's
+    model.remat = False  # as the U-Net's
+
+    diffusion.sigma_min = 0.002  # noise of fractional coordinates at t = 0
+    diffusion.sigma_max = 0.5  # ... at t = 1: as good as uniform in the cell
+    diffusion.logsnr_min = -12.0  # of the lattice
+    diffusion.logsnr_max = 12.0
+    diffusion.lattice_weight = 1.0  # loss weight of the six lattice numbers' mean against the coordinates' mean
+    return model, diffusion
+
+
+MODELS = {"unet3d": _unet3d, "slots": _slots}

@@ -58,7 +58,12 @@ def parser() -> Parser:
     p.add_argument("--condition", action="append", default=[], metavar="NAME=VALUE", help="property of the checkpoint")
     p.add_argument("--guidance_weight", type=float, help="the paper's w on properties; others' scale is 1 + w")
     p.add_argument("--num_steps", type=int, help="of the sampler; default: the checkpoint's")
-    p.add_argument("--method", choices=("ancestral", "ddim"))
+    p.add_argument(
+        "--method", help="ancestral or ddim; slots models also mean (no noise) or heun; else the checkpoint's"
+    )
+    p.add_argument(
+        "--time_power", type=float, help="above 1: the sampler's steps lie closer near the data; below 1: near noise"
+    )
     p.add_argument("--log_variance_interpolation", type=float, help="the paper's 0.1, for ancestral sampling")
     p.add_argument("--batch_size", type=int, help="samples at a time; changes speed and memory only")
     p.add_argument("--step", type=int, help="of the checkpoint; default: the latest")
@@ -281,7 +286,7 @@ def _program(argv: Sequence[str]) -> int:
     from unimat_jax.generator import Generator
 
     generator = Generator(arguments.checkpoint, step=arguments.step, ema=not arguments.raw_params)
-    names = ("num_steps", "method", "log_variance_interpolation", "guidance_weight", "batch_size")
+    names = ("num_steps", "method", "log_variance_interpolation", "guidance_weight", "batch_size", "time_power")
     settings = generator.settings(**{name: getattr(arguments, name) for name in names})
     asked = {name: getattr(arguments, name) for name in ("formula", "chemical_system", "elements")}
     if arguments.compositions_from:

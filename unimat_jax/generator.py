@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from unimat_jax import assembly, compilation_cache, sampler, sharding
+from unimat_jax import assembly, compilation_cache, sharding
 from unimat_jax.checkpoint import load_params, read_run
 from unimat_jax.crystal import Crystal
 from unimat_jax.errors import UserError
@@ -26,7 +26,6 @@ from unimat_jax.requests import (
     Request,
     count_table,
     element_requests,
-    element_table,
     formula_requests,
     parse_units,
 )
@@ -57,12 +56,13 @@ class SamplerSettings:
     log_variance_interpolation: float
     guidance_weight: float
     batch_size: int
+    time_power: float = 1.0
 
     def __post_init__(self):
         if self.num_steps < 1 or self.batch_size < 1:
             raise UserError(f"num_steps = {self.num_steps}, batch_size = {self.batch_size}: both must be above 0")
-        if self.method not in sampler.METHODS:
-            raise UserError(f"method = {self.method!r}: choose from {sampler.METHODS}")
+        if self.time_power <= 0:
+            raise UserError(f"time_power = {self.time_power}: give a number above 0")
 
 
 class Generator:
@@ -77,13 +77,15 @@ class Generator:
         self.directory, self.config, self.description = read_run(checkpoint)
         self.spec = UniMatSpec.from_json(self.description["spec"])
         self.condition_schema: list[dict[str, Any]] = self.description["condition_schema"]
-        self._network = assembly.create_network(self.description["model"])
+        model = self.description["model"]
+        network = assembly.create_network(model)
+        self._objective = assembly.create_objective(model, self.description["diffusion"], self.spec)
         self._mesh = sharding.make_mesh()
         # Compiled programs are run: not from where the config of a model that somebody shared says.
         own = "export" not in self.description
         compilation_cache.enable(self.config["train"].get("compilation_cache", "auto") if own else "auto")
-        arguments = assembly.init_arguments(self.spec, len(self.condition_schema))
-        shapes = jax.eval_shape(lambda: self._network.init(jax.random.key(0), *arguments)["params"])
+        arguments = assembly.init_arguments(self.spec, len(self.condition_schema), model["name"])
+        shapes = jax.eval_shape(lambda: network.init(jax.random.key(0), *arguments)["params"])
         everywhere = sharding.replicated(self._mesh)
         like = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=everywhere), shapes)
         self.params, self.step, self.params_hash = load_params(self.directory, like, step=step, ema=ema)
@@ -91,7 +93,9 @@ class Generator:
 
     def settings(self, **changes: Any) -> SamplerSettings:
         """The checkpoint's sampler settings with `changes`, where they are not None."""
-        return SamplerSettings(**{**self.config["sample"], **{k: v for k, v in changes.items() if v is not None}})
+        settings = SamplerSettings(**{**self.config["sample"], **{k: v for k, v in changes.items() if v is not None}})
+        self._objective.check_sampler(dataclasses.asdict(settings))
+        return settings
 
     def requests(
         self,
@@ -116,10 +120,13 @@ class Generator:
             formulas = [f.strip() for f in formula.split(",")] if isinstance(formula, str) else list(formula)
             return formula_requests(formulas, parse_units(num_formula_units), num_samples, seed, self.spec)
         if chemical_system is not None:
-            return element_requests("chemical_system", chemical_system, num_samples, self.spec)
-        if elements is not None:
-            return element_requests("elements", elements, num_samples, self.spec)
-        return [Request("none")] * num_samples
+            requests = element_requests("chemical_system", chemical_system, num_samples, self.spec)
+        elif elements is not None:
+            requests = element_requests("elements", elements, num_samples, self.spec)
+        else:
+            requests = [Request("none")] * num_samples
+        self._objective.conditions(requests[:1], *self.properties({}))  # what the model cannot be asked ends here
+        return requests
 
     def properties(self, condition: Mapping[str, float]) -> tuple[np.ndarray, np.ndarray]:
         """Standardised values [P] and flags [P] of a condition. Raises UserError for an unknown name."""
@@ -159,7 +166,7 @@ class Generator:
         key = jax.random.fold_in(jax.random.key(seed), 1)
         for first in range(start - start % size, len(requests), size):
             part = [requests[min(i, len(requests) - 1)] for i in range(first, first + size)]
-            arrays = _conditions(part, self.spec, values, given)
+            arrays = self._objective.conditions(part, values, given)
             arrays["indices"] = np.arange(first, first + size, dtype=np.int32)
             placed = sharding.whole_to_devices(arrays, sharding.batch_sharding(self._mesh))
             x, lattice = (sharding.to_host(a) for a in run(self.params, key, placed))
@@ -169,11 +176,7 @@ class Generator:
     @functools.lru_cache(maxsize=4)  # noqa: B019 - a generator lives as long as its compiled samplers
     def _sampler(self, settings: SamplerSettings, size: int) -> Any:
         return assembly.sampler_program(
-            self._network.apply,
-            self.spec,
-            self._mesh,
-            diffusion=self.description["diffusion"],
-            **{**dataclasses.asdict(settings), "batch_size": size},
+            self._objective, self._mesh, **{**dataclasses.asdict(settings), "batch_size": size}
         )
 
     def _sample_of(self, index: int, request: Request, x: np.ndarray, lattice: np.ndarray) -> Sample:
@@ -189,23 +192,3 @@ class Generator:
         if request.kind == "chemical_system" and missing:
             status, message = "element_missing", f"no {', '.join(SYMBOLS[z] for z in sorted(missing))}"
         return Sample(uid, index, status, message, request, decoded)
-
-
-def _conditions(
-    requests: Sequence[Request], spec: UniMatSpec, values: np.ndarray, given: np.ndarray
-) -> dict[str, np.ndarray]:
-    """Arrays of a batch's conditions (see `conditioning.make_condition`) and the `forbidden` places [B, H, W]."""
-    counts = np.stack([count_table(r, spec) for r in requests])
-    elements = np.stack([element_table(r, spec) for r in requests])
-    levels = np.arange(spec.max_atoms_per_element)[:, None, None]
-    kinds = np.array([r.kind for r in requests])
-    subset = kinds == "elements"
-    return {
-        "counts": (levels < counts[:, None]).astype(np.float32),
-        "counts_given": (kinds == "formula").astype(np.float32),
-        "elements": elements.astype(np.float32),
-        "elements_given": (kinds == "chemical_system").astype(np.float32),
-        "properties": np.tile(values, (len(requests), 1)),
-        "properties_given": np.tile(given, (len(requests), 1)),
-        "forbidden": subset[:, None, None] & (elements == 0),
-    }

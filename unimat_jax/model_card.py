@@ -36,7 +36,7 @@ tensor over the periodic table, {l} atoms of an element x {h} rows x {w} columns
 | elements with a place | {num_elements}: {elements} |
 | network | {network}, {num_params:,} parameters, float32 |
 | trained | {step:,} steps of {batch_size} crystals, predicts {prediction_type} |
-| conditions | exact composition ({counts_share:.0%} of the training examples), elements only ({elements_share:.0%}), none (the rest); properties: {properties} |
+| conditions | {conditions} |
 | sampler by default | {method}, {num_steps} steps |
 | parameters' hash | `{ema_hash}` averaged, `{raw_hash}` raw |
 
@@ -45,13 +45,7 @@ tensor over the periodic table, {l} atoms of an element x {h} rows x {w} columns
 With unimat-jax installed, and FOLDER the folder of this file:
 
 ```bash
-unimat generate --checkpoint=FOLDER --num_samples=16 --output_dir=crystals
-unimat generate --checkpoint=FOLDER --formula=FORMULA --num_samples=16 --output_dir=crystals_of_formula
-```
-```python
-from unimat_jax import Generator
-
-samples = Generator("FOLDER").generate(16, seed=0)
+{generate}
 structures = [sample.crystal.to_pymatgen() for sample in samples if sample.crystal]
 ```
 
@@ -93,6 +87,15 @@ Licence of these parameters: {license}
 ```
 """  # noqa: E501 - rows of tables and of BibTeX
 
+_OF_FORMULA = "unimat generate --checkpoint=FOLDER --formula=FORMULA --num_samples=16 --output_dir=crystals_of_formula"
+_PYTHON = '```\n```python\nfrom unimat_jax import Generator\n\nsamples = Generator("FOLDER").generate(16'
+GENERATE = {
+    True: "unimat generate --checkpoint=FOLDER --num_samples=16 --output_dir=crystals\n"
+    f"{_OF_FORMULA}\n{_PYTHON}, seed=0)",
+    False: f'{_OF_FORMULA}\n{_PYTHON}, formula="FORMULA", seed=0)',
+}
+"""Commands, whether or not the model can do without a composition."""
+
 
 def model_card(config: Mapping[str, Any], description: Mapping[str, Any], spec: UniMatSpec) -> str:
     """The card's text. description: model.json of the export, with its entry "export"."""
@@ -115,10 +118,9 @@ def model_card(config: Mapping[str, Any], description: Mapping[str, Any], spec: 
         num_params=description["num_params"],
         step=about["step"],
         batch_size=config["train"]["batch_size"],
-        prediction_type=diffusion["prediction_type"],
-        counts_share=diffusion["counts_share"],
-        elements_share=diffusion["elements_share"],
-        properties=", ".join(properties) or "none",
+        prediction_type=diffusion.get("prediction_type", "the score of coordinates on the torus and v of the cell"),
+        conditions=_conditions(diffusion, ", ".join(properties) or "none"),
+        generate=GENERATE["elements_share" in diffusion],
         method=config["sample"]["method"],
         num_steps=config["sample"]["num_steps"],
         ema_hash=about["parameters_hash"]["ema"],
@@ -133,6 +135,15 @@ def model_card(config: Mapping[str, Any], description: Mapping[str, Any], spec: 
         validation=_validation(about["evaluation"]),
         max_atoms=spec.max_atoms,
         rare=_rare(symbols, data.get("elements") or {}),
+    )
+
+
+def _conditions(diffusion: Mapping[str, Any], properties: str) -> str:
+    if "elements_share" not in diffusion:
+        return "exact composition, always"
+    return (
+        f"exact composition ({diffusion['counts_share']:.0%} of the training examples), elements only "
+        f"({diffusion['elements_share']:.0%}), none (the rest); properties: {properties}"
     )
 
 

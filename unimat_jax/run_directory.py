@@ -26,7 +26,8 @@ def check_same_run(workdir: Path, config: Any) -> None:
     if not (workdir / CONFIG).exists() or not (workdir / FOLDER).exists():
         return
     # What an older version's config lacks is what the default still does.
-    before = _flat(plain(get_config())) | _flat(json.loads((workdir / CONFIG).read_text()))
+    stored = json.loads((workdir / CONFIG).read_text())
+    before = _flat(plain(get_config(stored["model"]["name"]))) | _flat(stored)
     now = _flat(plain(config))
     changed = [
         name

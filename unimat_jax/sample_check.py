@@ -6,14 +6,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from unimat_jax import sharding
 from unimat_jax.assembly import Assembly, sampler_program
-from unimat_jax.densify import occupancy
 from unimat_jax.evaluation.validity import check
-from unimat_jax.representation import DecodeFailure, decode
+from unimat_jax.representation import DecodeFailure, UniMatSpec, decode
+from unimat_jax.requests import Request
 
 
 def sample_check(
@@ -21,27 +20,15 @@ def sample_check(
 ) -> Callable[[Any], dict[str, float]]:
     """A function of parameters that samples crystals of the compositions of a validation batch, with always the same
     noise, over all devices, and gives the shares that decode and that are valid."""
-    spec, number = run.objective.spec, min(config.train.sample_examples, len(batch["slot"]))
-    size = number + -number % mesh.size
-    part = {name: np.resize(value[:number], (size, *value.shape[1:])) for name, value in batch.items()}
-    counts = np.asarray(occupancy({name: jnp.asarray(value) for name, value in part.items()}, spec), np.float32)
-    arrays = {
-        "counts": counts,
-        "counts_given": np.ones(size, np.float32),
-        "elements": counts.max(1),
-        "elements_given": np.zeros(size, np.float32),
-        "properties": part["properties"],
-        "properties_given": np.zeros_like(part["properties"]),
-        "forbidden": np.zeros((size, *spec.table.shape), np.bool_),
-        "indices": np.arange(size, dtype=np.int32),
-    }
-    sample = sampler_program(
-        run.network.apply, spec, mesh, diffusion=config.diffusion, batch_size=size, guidance_weight=0.0,
-        params_sharding=run.shardings.ema_params,
-        **{name: config.sample[name] for name in ("num_steps", "method", "log_variance_interpolation")},
-    )  # fmt: skip
+    objective, number = run.objective, min(config.train.sample_examples, len(batch["slot"]))
+    spec, size = objective.spec, number + -number % mesh.size
+    asked = [_counts(batch["slot"][i % number], spec) for i in range(size)]
+    requests = [Request("formula", counts=_by_element(counts, spec)) for counts in asked]
+    nothing = np.zeros(batch["properties"].shape[1], np.float32)
+    arrays = objective.conditions(requests, nothing, nothing) | {"indices": np.arange(size, dtype=np.int32)}
+    settings = {**config.sample, "guidance_weight": 0.0}
+    sample = sampler_program(objective, mesh, params_sharding=run.shardings.ema_params, **settings)
     placed = sharding.whole_to_devices(arrays, sharding.batch_sharding(mesh))
-    asked = counts.sum(1).astype(int)
 
     def check_samples(params: Any) -> dict[str, float]:
         x, lattice = (sharding.to_host(a) for a in sample(params, jax.random.key(0), placed))
@@ -54,3 +41,14 @@ def sample_check(
         }
 
     return check_samples
+
+
+def _counts(slot: np.ndarray, spec: UniMatSpec) -> np.ndarray:
+    """Atoms at each place [H, W] of a record's flat slots [A]."""
+    h, w = spec.table.shape
+    return np.bincount(slot[slot < spec.num_slots] % (h * w), minlength=h * w).reshape(h, w)
+
+
+def _by_element(counts: np.ndarray, spec: UniMatSpec) -> dict[int, int]:
+    there = counts > 0
+    return dict(zip(spec.table.atomic_numbers[there].tolist(), counts[there].tolist(), strict=True))

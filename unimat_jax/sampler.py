@@ -24,9 +24,10 @@ LATTICE_RANGE = (-12.0, 12.0)
 DenoiseFn = Callable[[jax.Array, jax.Array, jax.Array, Condition], tuple[jax.Array, jax.Array]]
 
 
-def time_grid(num_steps: int) -> jax.Array:
-    """Times [num_steps + 1] from 1 (noise) to 0 (data), evenly spaced."""
-    return jnp.linspace(1.0, 0.0, num_steps + 1)
+def time_grid(num_steps: int, power: float = 1.0) -> jax.Array:
+    """Times [num_steps + 1] from 1 (noise) to 0 (data): even, to a `power`; above 1 closer near the data."""
+    times = jnp.linspace(1.0, 0.0, num_steps + 1)
+    return times if power == 1 else times**power
 
 
 def guided(denoise_fn: DenoiseFn, guidance_weight: float) -> DenoiseFn:
@@ -84,6 +85,7 @@ def sample(
     guidance_weight: float = 0.0,
     logsnr_min: float = -20.0,
     logsnr_max: float = 20.0,
+    time_power: float = 1.0,
     keep_trajectory: bool = False,
 ) -> Any:
     """Samples (x_0 [B, L, H, W, 3], lattice_0 [B, D]) in model units; with `keep_trajectory` also both after each step.
@@ -95,7 +97,7 @@ def sample(
     """
     if method not in METHODS:
         raise ValueError(f"method = {method!r}: choose from {METHODS}")
-    times = time_grid(num_steps)
+    times = time_grid(num_steps, time_power)
     logsnrs = diffusion.cosine_logsnr(times, logsnr_min, logsnr_max)
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(indices)
     network = guided(denoise_fn, guidance_weight)

@@ -16,10 +16,9 @@ import jax
 import numpy as np
 import optax
 
-from unimat_jax import compilation_cache, data, distributed, flops, sampler, sharding
+from unimat_jax import compilation_cache, data, distributed, flops, sharding
 from unimat_jax.assembly import abstract_batch, assemble
 from unimat_jax.checkpoint import CONFIG, FOLDER, MODEL, MODEL_FORMAT, Checkpoints, write_json
-from unimat_jax.diffusion import PREDICTION_TYPES
 from unimat_jax.errors import UserError
 from unimat_jax.metric_writer import MetricWriter, Progress, append_lines
 from unimat_jax.rollback import LossWatch, Rollbacks
@@ -83,6 +82,7 @@ class _Training:
         self._open_data()
 
         self.run = assemble(config, self.spec, self.schema, self.mesh)
+        self.run.objective.check_sampler(config.sample)
         self.by_batch = sharding.batch_sharding(self.mesh)
         self.step_key, self.eval_key = (jax.random.fold_in(jax.random.key(config.train.seed), i) for i in (1, 2))
 
@@ -305,19 +305,8 @@ class _Training:
 
 
 def _check(config: Any) -> None:
-    if config.diffusion.prediction_type not in PREDICTION_TYPES:
-        raise UserError(
-            f"config.diffusion.prediction_type = {config.diffusion.prediction_type!r}: choose from {PREDICTION_TYPES}"
-        )
-    if config.sample.method not in sampler.METHODS:
-        raise UserError(f"config.sample.method = {config.sample.method!r}: choose from {sampler.METHODS}")
     for section, name in (("train", "num_steps"), ("train", "batch_size"), ("train", "log_every"),
                           ("train", "eval_examples"), ("train", "checkpoint_every"), ("train", "eval_every"),
                           ("sample", "num_steps")):  # fmt: skip
         if config[section][name] < 1:
             raise UserError(f"config.{section}.{name} = {config[section][name]}: give a whole number above 0")
-    shares = (config.diffusion.counts_share, config.diffusion.elements_share)
-    if min(shares) < 0 or sum(shares) > 1:
-        raise UserError(
-            f"config.diffusion.counts_share, elements_share = {shares}: give shares that add up to at most 1"
-        )

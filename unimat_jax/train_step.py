@@ -2,68 +2,59 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from unimat_jax import diffusion
-from unimat_jax.conditioning import free_sites, training_condition
-from unimat_jax.densify import densify, occupancy
-from unimat_jax.representation import NULL_VALUE, UniMatSpec
+from unimat_jax.representation import UniMatSpec
+from unimat_jax.requests import Request
 from unimat_jax.train_state import TrainState, apply_gradients
 
 EVAL_TIMES = tuple((i + 0.5) / 8 for i in range(8))
 """Diffusion times at which the validation loss is measured."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Objective:
-    """What is minimised: the network's `apply` and the fields of config.diffusion."""
+class Objective(Protocol):
+    """What a family of models learns and how it is sampled: the seam between networks and all that trains, samples,
+    exports and compiles them. Made of a network's `apply`, the spec and the fields of config.diffusion; raises
+    UserError for fields that cannot be. `init_arguments(spec, num_properties)` gives the network's arguments.
+    """
 
-    apply: Callable[..., tuple[jax.Array, jax.Array]]
-    spec: UniMatSpec
-    prediction_type: str
-    logsnr_min: float
-    logsnr_max: float
-    null_weight: float
-    lattice_weight: float
-    counts_share: float
-    elements_share: float
-    property_drop_rate: float
-
+    @property
+    def apply(self) -> Callable[..., tuple[jax.Array, jax.Array]]: ...
+    @property
+    def spec(self) -> UniMatSpec: ...
+    @property
+    def lattice_weight(self) -> float: ...
     def losses(
         self, params: Any, batch: Mapping[str, jax.Array], key: jax.Array, t: jax.Array, train: bool
     ) -> tuple[jax.Array, jax.Array]:
-        """Squared errors of the tensor and of the lattice, one of each an example [B], at times t [B].
+        """Squared errors of the atoms' places and of the lattice, one of each an example [B], at times t [B]."""
+        ...
 
-        Sites that the condition fixes are held at null and carry no weight; free null sites carry `null_weight`.
-        """
-        cond_key, x_key, lattice_key, dropout_key = jax.random.split(key, 4)
-        x_0, lattice_0 = densify(batch, self.spec), batch["lattice"]
-        cond = training_condition(
-            cond_key,
-            batch,
-            self.spec,
-            counts_share=self.counts_share,
-            elements_share=self.elements_share,
-            property_drop_rate=self.property_drop_rate,
-        )
-        free = free_sites(cond, self.spec)
-        logsnr = diffusion.cosine_logsnr(t, self.logsnr_min, self.logsnr_max)
-        x_eps = jax.random.normal(x_key, x_0.shape)
-        lattice_eps = jax.random.normal(lattice_key, lattice_0.shape)
-        x_t = jnp.where(free[..., None], diffusion.q_sample(x_0, x_eps, logsnr), NULL_VALUE)
-        lattice_t = diffusion.q_sample(lattice_0, lattice_eps, logsnr)
-        rngs = {"dropout": dropout_key} if train else {}
-        x_pred, lattice_pred = self.apply({"params": params}, x_t, lattice_t, logsnr, cond, train=train, rngs=rngs)
-        weight = free * jnp.where(occupancy(batch, self.spec), 1.0, self.null_weight)
-        x_error = x_pred - diffusion.target(x_0, x_eps, logsnr, self.prediction_type)
-        lattice_error = lattice_pred - diffusion.target(lattice_0, lattice_eps, logsnr, self.prediction_type)
-        return diffusion.weighted_mean_square(x_error, weight), jnp.mean(jnp.square(lattice_error), -1)
+    def check_sampler(self, settings: Mapping[str, Any]) -> None:
+        """Raises UserError for fields of config.sample that cannot be."""
+        ...
+
+    def conditions(self, requests: Sequence[Request], values: np.ndarray, given: np.ndarray) -> dict[str, np.ndarray]:
+        """What `sample` takes for a batch of requests and of properties [P]. Raises UserError for what the model cannot
+        be asked."""
+        ...
+
+    def abstract_conditions(self, num_properties: int, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes of `conditions`, and of `indices`."""
+        ...
+
+    def sample(
+        self, params: Any, key: jax.Array, arrays: Mapping[str, jax.Array], **settings: Any
+    ) -> tuple[jax.Array, jax.Array]:
+        """Tensors x_0 [B, L, H, W, 3] and lattices [B, D]. settings: config.sample without its batch_size."""
+        ...
 
 
 def train_step(

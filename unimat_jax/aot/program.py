@@ -104,7 +104,7 @@ def _program(name: str, config: Any, spec: UniMatSpec, schema: Any, mesh: Any, r
     import jax
 
     from unimat_jax import sharding
-    from unimat_jax.assembly import abstract_batch, abstract_conditions, sampler_program
+    from unimat_jax.assembly import abstract_batch, sampler_program
 
     key = jax.eval_shape(jax.random.key, 0)
     if name == "train_step":
@@ -113,13 +113,9 @@ def _program(name: str, config: Any, spec: UniMatSpec, schema: Any, mesh: Any, r
         return run.train_step, (run.shapes, abstract_batch(spec, len(schema), batch_size), key), sizes
     batch_size = config.sample.batch_size
     sharding.check_batch_size(batch_size, mesh, "sample.batch_size")
-    fields = ("num_steps", "method", "log_variance_interpolation", "guidance_weight")
-    options = {name: config.sample[name] for name in fields}
-    sampler = sampler_program(
-        run.network.apply, spec, mesh, diffusion=config.diffusion, batch_size=batch_size, **options
-    )
-    arguments = (run.shapes.ema_params, key, abstract_conditions(spec, len(schema), batch_size))
-    return sampler, arguments, {"batch_size": batch_size, "num_steps": options["num_steps"]}
+    sampler = sampler_program(run.objective, mesh, **config.sample)
+    arguments = (run.shapes.ema_params, key, run.objective.abstract_conditions(len(schema), batch_size))
+    return sampler, arguments, {"batch_size": batch_size, "num_steps": config.sample.num_steps}
 
 
 def _compile(

@@ -8,10 +8,11 @@ from unimat_jax.errors import UserError
 
 
 def create(name: str, **settings: Any) -> Any:
-    """A network by name ("unet3d") with `init` and `apply`. Raises UserError for an unknown name or setting."""
+    """A network by name ("unet3d", "slots") with `init` and `apply`. Raises UserError for unknown names or settings."""
+    from unimat_jax.models.slots import SlotTransformer
     from unimat_jax.models.unet3d import UNet3D
 
-    networks = {"unet3d": UNet3D}
+    networks = {"unet3d": UNet3D, "slots": SlotTransformer}
     if name not in networks:
         raise UserError(f"config.model.name = {name!r}: choose from {sorted(networks)}")
     try:

@@ -1,0 +1,97 @@
+"""Quality against the sampler's steps, of any checkpoint that takes compositions: one sample a Perov-5 reference.
+
+    python -m benchmarks.perov_samplers --checkpoint=runs/perov_5_slots --reference=perov_5/val.npz --num_samples=500 \
+        --settings mean:100 mean:20 ancestral:100 ddim:50 heun:25 --output=benchmarks/perov_slots/samplers.json
+
+A setting is METHOD:STEPS, or METHOD:STEPS:TIME_POWER. The rows are those of perov_unet.py, failures in every
+denominator; crystals a second without the first batch, which compiles. No training structure is looked at.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.fingerprints import commit, machine
+from benchmarks.perov_unet import Sample, measure, read_reference
+from unimat_jax.cli import Parser, run_program
+from unimat_jax.crystal import Crystal
+from unimat_jax.errors import UserError
+
+
+def setting_of(text: str) -> dict[str, Any]:
+    """{"method": ..., "num_steps": ..., "time_power": ...} of "mean:100" or "heun:25:1.5". Raises UserError."""
+    method, *numbers = text.split(":")
+    try:
+        steps, *power = numbers
+        return {"method": method, "num_steps": int(steps), "time_power": float(*power) if power else 1.0}
+    except (ValueError, TypeError) as error:
+        raise UserError(f"--settings {text}: write METHOD:STEPS or METHOD:STEPS:TIME_POWER, as mean:100") from error
+
+
+def generate(generator: Any, references: Sequence[Crystal], setting: dict[str, Any], batch_size: int, seed: int) -> Any:
+    """(samples in the order of the references, crystals a second)."""
+    from unimat_jax.requests import Request
+
+    requests = [Request("formula", r.formula, Counter(r.atomic_numbers.tolist())) for r in references]
+    settings = generator.settings(batch_size=batch_size, **setting)
+    found, begin, first = [], time.perf_counter(), 0
+    for batch in generator.sample(requests, settings, {}, seed=seed):
+        found += batch
+        if not first:
+            begin, first = time.perf_counter(), len(batch)
+    seconds = time.perf_counter() - begin
+    rate = (len(found) - first) / seconds if len(found) > first else None
+    return [Sample(r, s.crystal, s.status) for r, s in zip(references, found, strict=True)], rate
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    p = Parser(prog="python -m benchmarks.perov_samplers", description=__doc__)
+    p.add_argument("--checkpoint", required=True, type=Path)
+    p.add_argument("--reference", required=True, type=Path, help="perov_5/val.npz")
+    p.add_argument("--num_samples", type=int, default=500, help="references, drawn by --seed; 0: all")
+    p.add_argument("--settings", nargs="+", required=True, metavar="METHOD:STEPS")
+    p.add_argument("--batch_size", type=int, default=250)
+    p.add_argument("--step", type=int, help="of the checkpoint; default: the latest")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--output", required=True, type=Path)
+    arguments = p.parse(sys.argv[1:] if argv is None else argv)
+    from unimat_jax.generator import Generator
+
+    chosen = [setting_of(text) for text in arguments.settings]
+    references = list(read_reference(arguments.reference).values())
+    if 0 < arguments.num_samples < len(references):
+        drawn = np.random.default_rng(arguments.seed).choice(len(references), arguments.num_samples, replace=False)
+        references = [references[i] for i in np.sort(drawn)]
+    generator = Generator(arguments.checkpoint, step=arguments.step)
+    result: dict[str, Any] = {
+        "checkpoint_step": generator.step, "parameters_hash": generator.params_hash, "seed": arguments.seed,
+        "model": generator.description["model"]["name"], "batch_size": arguments.batch_size,
+        "commit": commit(), "machine": machine(), "rows": [],
+    }  # fmt: skip
+    for setting in chosen:
+        samples, rate = generate(generator, references, setting, arguments.batch_size, arguments.seed)
+        row = {**setting, **measure(samples, f"{setting['method']}:{setting['num_steps']}"), "crystals_per_s": rate}
+        result["rows"].append(row)
+        rmse = "-" if row["rms_dist"] is None else f"{row['rms_dist']:.4f}"
+        speed = "" if rate is None else f"  {rate:.0f} crystals/s"
+        print(
+            f"{setting['method']:>9} {setting['num_steps']:>4} steps (power {setting['time_power']:g})  match "
+            f"{100 * row['match_rate']:.1f} %  RMSE {rmse}  min distance {100 * row['min_distance']:.1f} %  failures "
+            f"{row['num_failures']}{speed}",
+            flush=True,
+        )
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_program(main, sys.argv[1:]))

@@ -1,0 +1,31 @@
+"""Perov-5 on a laptop, without the null sites: a transformer over the atoms turns compositions into perovskites.
+
+unimat prepare --dataset=perov_5 --source=DIR_WITH_CDVAE_CSV_FILES --data_dir=data
+unimat train --config=perov_5_slots --workdir=runs/perov_5_slots
+
+Cost and result: not run.
+"""
+
+from unimat_jax import default_config
+
+
+def get_config():
+    config = default_config.get_config("slots")
+    config.data.dataset = "perov_5"
+    config.data.table = "data"  # 6 x 17 of 9 x 18
+    config.data.random_shift = False  # the network sees differences of coordinates alone
+    config.data.shuffle_atoms = False  # and does not know one atom of an element from another
+    config.optimizer.learning_rate = 1e-3
+    config.optimizer.schedule = "cosine"
+    config.optimizer.warmup_steps = 200
+    config.optimizer.ema_decay = 0.999
+    config.train.num_steps = 10_000
+    config.train.batch_size = 256
+    config.train.checkpoint_every = 500
+    config.train.eval_every = 1_000
+    config.train.eval_examples = 1_024
+    config.sample.method = "mean"
+    config.sample.num_steps = 100
+    config.sample.time_power = 0.5  # which atom sits where is settled at noise of 0.1 to 0.3 of the cell
+    config.sample.batch_size = 256
+    return config

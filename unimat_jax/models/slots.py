@@ -1,0 +1,161 @@
+"""A transformer over the occupied slots of a UniMat tensor: one token an atom, no null sites, exact counts given.
+
+Everything that it sees of coordinates are differences between atoms, periodic: shifting all atoms, or taking another
+image of one, changes nothing. Atoms of one element differ by where they are alone, so that permuting them permutes what
+comes out.
+"""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from unimat_jax.models.layers import Dense, zeros_init
+
+DTYPES = ("float32", "bfloat16")
+WAVES = 3
+"""Waves of each fractional difference: 1 to WAVES in the cell."""
+RADII = tuple(0.6 + 0.4 * i for i in range(16))
+"""Centres of the radial basis of distances, Angstrom; 0.5 wide."""
+TIME_WAVES = 16
+_IMAGES = tuple((i, j, k) for i in (-1, 0, 1) for j in (-1, 0, 1) for k in (-1, 0, 1))
+
+
+def shortest_distances(difference: jax.Array, metric: jax.Array) -> jax.Array:
+    """Distances [B, A, A] (Angstrom) of fractional differences [B, A, A, 3] in [-1/2, 1/2] to the nearest of 27 images,
+    enough for reduced cells. metric [B, 3, 3]: of the cell, Angstrom^2; where it belongs to no cell, squares below zero
+    count as zero. From an atom to itself: zero."""
+    images = jnp.array(_IMAGES, jnp.float32)
+    projected = jnp.einsum("bxy,bijy->bijx", metric, difference)
+    own = (projected * difference).sum(-1)
+    cross = jnp.einsum("bijx,sx->bijs", projected, images)
+    shift = jnp.einsum("sx,bxy,sy->bs", images, metric, images)
+    return jnp.sqrt(jnp.maximum((own[..., None] + 2 * cross + shift[:, None, None]).min(-1), 0.0))
+
+
+def pair_features(frac: jax.Array, metric: jax.Array | None) -> jax.Array:
+    """[B, A, A, F] of fractional coordinates [B, A, 3]: waves of the differences and, with a metric, a radial basis of
+    the distances in the cell."""
+    difference = frac[:, :, None] - frac[:, None]
+    features = [f(2 * jnp.pi * k * difference) for k in range(1, WAVES + 1) for f in (jnp.sin, jnp.cos)]
+    if metric is not None:
+        distance = shortest_distances(difference - jnp.round(difference), metric)[..., None]
+        features.append(jnp.exp(-0.5 * jnp.square((distance - jnp.array(RADII)) / 0.5)))
+    return jnp.concatenate(features, -1)
+
+
+def time_features(time: jax.Array) -> jax.Array:
+    """Sines and cosines [B, 2 TIME_WAVES] of times [B] in [0, 1], half a wave to 32."""
+    angles = time[:, None] * jnp.pi * jnp.exp(jnp.linspace(0.0, jnp.log(64.0), TIME_WAVES))
+    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], -1)
+
+
+def _norm(x: jax.Array, scale: jax.Array, shift: jax.Array) -> jax.Array:
+    """Layer normalisation of [B, A, C] in float32, then (1 + scale) y + shift, both [B, 1, C]."""
+    wide = x.astype(jnp.float32)
+    centred = wide - wide.mean(-1, keepdims=True)
+    y = centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + 1e-5)
+    return (y * (1 + scale) + shift).astype(x.dtype)
+
+
+class SlotBlock(nn.Module):
+    """Attention, then a layer for each token. `condition` [B, E] scales and shifts what both read and add.
+
+    A function of `pairs` [B, A, A, F] and the condition is added to the attention's logits and, averaged with its
+    weights, to its values. blocked [B, 1, A, 1]: minus infinity where there is no atom.
+    """
+
+    heads: int
+    pair_width: int
+    mlp_factor: int
+    dropout_rate: float
+
+    @nn.compact
+    def __call__(
+        self, tokens: jax.Array, pairs: jax.Array, blocked: jax.Array, condition: jax.Array, train: bool
+    ) -> jax.Array:
+        b, a, width = tokens.shape
+        heads, dtype = self.heads, tokens.dtype
+        film = Dense(6 * width, kernel_init=zeros_init, name="film")(condition)[:, None]
+        scale_in, shift_in, gate_in, scale_mlp, shift_mlp, gate_mlp = jnp.split(film, 6, -1)
+        h = _norm(tokens, scale_in, shift_in)
+        q, key, v = (x.reshape(b, a, heads, -1) for x in jnp.split(Dense(3 * width, name="qkv")(h), 3, -1))
+        by_noise = Dense(self.pair_width, use_bias=False, name="pair_condition")(condition)[:, None, None]
+        pair = nn.silu(Dense(self.pair_width, name="pair_in")(pairs) + by_noise.astype(dtype))
+        logits = jnp.einsum("bihd,bjhd->bijh", q, key, preferred_element_type=jnp.float32) / jnp.sqrt(width / heads)
+        logits = logits + Dense(heads, name="pair_bias")(pair) + blocked
+        weights = nn.softmax(logits.astype(jnp.float32), axis=2).astype(dtype)
+        values = jnp.einsum("bijh,bjhd->bihd", weights, v).reshape(b, a, width)
+        geometry = jnp.einsum("bijh,bijp->bihp", weights, pair).reshape(b, a, heads * self.pair_width)
+        added = Dense(width, name="out")(jnp.concatenate([values, geometry], -1))
+        dropout = nn.Dropout(self.dropout_rate, deterministic=not train)
+        tokens = tokens + (dropout(added) * (1 + gate_in)).astype(dtype)
+        h = nn.silu(Dense(self.mlp_factor * width, name="mlp_in")(_norm(tokens, scale_mlp, shift_mlp)))
+        return tokens + (dropout(Dense(width, name="mlp_out")(h)) * (1 + gate_mlp)).astype(dtype)
+
+
+class SlotTransformer(nn.Module):
+    """(coordinates' noise [B, A, 3], lattice [B, D] as predicted) of noisy fractional coordinates [B, A, 3], lattice
+    [B, D], times [B], the noisy cell's metric [B, 3, 3] (Angstrom^2) and atoms [B, A, H, W] (one-hot places of the
+    table, all zero where padded).
+
+    distances: the pair geometry has a radial basis of distances in the noisy cell, beside waves of fractional
+    differences. dtype: of activations and products; parameters, norms, softmax and outputs stay float32. remat:
+    compute each block again for its gradient. Raises ValueError for a choice that does not exist.
+    """
+
+    width: int = 128
+    depth: int = 6
+    heads: int = 8
+    pair_width: int = 64
+    mlp_factor: int = 2
+    dropout_rate: float = 0.0
+    distances: bool = True
+    dtype: str = "float32"
+    remat: bool = False
+
+    def __post_init__(self):
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype = {self.dtype!r}: choose from {', '.join(DTYPES)}")
+        for name in ("width", "depth", "heads", "pair_width", "mlp_factor"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)}: give a whole number above 0")
+        if self.width % self.heads:
+            raise ValueError(f"width = {self.width} does not divide by heads = {self.heads}: choose a multiple")
+        super().__post_init__()
+
+    @nn.compact
+    def __call__(
+        self,
+        frac: jax.Array,
+        lattice: jax.Array,
+        time: jax.Array,
+        metric: jax.Array,
+        atoms: jax.Array,
+        train: bool = False,
+    ) -> tuple[jax.Array, jax.Array]:
+        b, a, h, w = atoms.shape
+        mask = atoms.sum((2, 3))
+        condition = Dense(self.width, name="time")(time_features(time)) + Dense(self.width, name="lattice")(lattice)
+        condition = nn.silu(Dense(self.width, name="condition")(nn.silu(condition)))
+        dtype = jnp.dtype(self.dtype)
+
+        place = jnp.concatenate([atoms.reshape(b, a, h * w), atoms.sum(3), atoms.sum(2)], -1)
+        tokens = Dense(self.width, kernel_init=nn.initializers.normal(0.5), name="elements")(place).astype(dtype)
+        pairs = pair_features(frac, metric if self.distances else None).astype(dtype)
+        blocked = jnp.where(mask > 0, 0.0, -1e9)[:, None, :, None]
+        block = nn.remat(SlotBlock, static_argnums=(5,)) if self.remat else SlotBlock
+        narrow = condition.astype(dtype)
+        for i in range(self.depth):
+            tokens = block(self.heads, self.pair_width, self.mlp_factor, self.dropout_rate, name=f"block_{i}")(
+                tokens, pairs, blocked, narrow, train
+            )
+        film = Dense(2 * self.width, kernel_init=zeros_init, name="film_out")(condition)[:, None]
+        tokens = _norm(tokens.astype(jnp.float32), *jnp.split(film, 2, -1))
+        noise = Dense(3, kernel_init=zeros_init, name="coords_out")(tokens) * mask[..., None]
+        pooled = (tokens * mask[..., None]).sum(1) / jnp.maximum(mask.sum(1), 1)[:, None]
+        hidden = nn.silu(
+            Dense(2 * self.width, name="lattice_hidden")(jnp.concatenate([pooled, condition, lattice], -1))
+        )
+        return noise, Dense(lattice.shape[-1], kernel_init=zeros_init, name="lattice_out")(hidden)

@@ -1,0 +1,239 @@
+"""Diffusion over the occupied slots alone: where the atoms of an exact composition sit, and in which cell.
+
+The UniMat tensor is which slots are occupied and where the atoms in them are: p(tensor) = p(counts) p(coordinates,
+lattice | counts). This is the second factor. Fractional coordinates diffuse on the torus (torus.py), the lattice as in
+the U-Net's diffusion (variance preserving, `v`), both by the same time t. What comes out is the same tensor, null where
+no atom was asked for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from unimat_jax import diffusion, torus
+from unimat_jax.densify import densify
+from unimat_jax.errors import UserError
+from unimat_jax.representation import UniMatSpec
+from unimat_jax.requests import Request, count_table
+from unimat_jax.sampler import LATTICE_RANGE, ancestral_step, ddim_step, time_grid
+
+MEAN_BELOW = 0.2
+"""Noise (fractions of the cell) below which the method "mean" adds none: which atom sits where is settled by then."""
+PADDING = 4
+"""Requests are padded to a multiple of so many atoms, so that a few compiled programs serve all sizes."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SlotDiffusion:
+    """What `slots` networks learn and how they are sampled: their `apply` and the fields of config.diffusion. See
+    `train_step.Objective`."""
+
+    apply: Callable[..., tuple[jax.Array, jax.Array]]
+    spec: UniMatSpec
+    sigma_min: float
+    sigma_max: float
+    logsnr_min: float
+    logsnr_max: float
+    lattice_weight: float
+
+    METHODS = ("ancestral", "mean", "ddim", "heun")
+
+    def __post_init__(self):
+        if self.spec.coordinates != "fractional":
+            raise UserError(
+                f"config.data.coordinates = {self.spec.coordinates!r}: the slots model takes 'fractional' ones"
+            )
+        if not 0 < self.sigma_min < self.sigma_max <= 1:
+            raise UserError(
+                f"config.diffusion.sigma_min, sigma_max = {self.sigma_min}, {self.sigma_max}: give rising fractions of "
+                "the cell, the largest at most 1"
+            )
+
+    @staticmethod
+    def init_arguments(spec: UniMatSpec, num_properties: int) -> tuple[Any, ...]:
+        """Arguments of the network (batch of 1) to initialise it or to trace its shapes."""
+        if num_properties:
+            raise UserError(
+                "config.data.properties: the slots model is conditioned on compositions alone: leave it empty, or set "
+                "config.model.name to 'unet3d'"
+            )
+        a = spec.max_atoms
+        shapes = (1, a, 3), (1, spec.lattice_size), (1,), (1, 3, 3), (1, a, *spec.table.shape)
+        return tuple(jnp.zeros(shape, jnp.float32) for shape in shapes)
+
+    def losses(
+        self, params: Any, batch: Mapping[str, jax.Array], key: jax.Array, t: jax.Array, train: bool
+    ) -> tuple[jax.Array, jax.Array]:
+        """Squared errors of the coordinates' pull, a mean over atoms and axes, and of the lattice; one of each an
+        example [B], at times t [B]."""
+        x_key, lattice_key, dropout_key = jax.random.split(key, 3)
+        slot, lattice_0 = batch["slot"], batch["lattice"]
+        mask = slot < self.spec.num_slots
+        sigma = self._sigma(t)[:, None, None]
+        noise = sigma * jax.random.normal(x_key, batch["coords"].shape)
+        frac_t = (batch["coords"] + 1.0) / 2.0 + noise
+        x_target = torus.without_drift(torus.pull(noise, sigma) / torus.pull_size(sigma), mask)
+        logsnr = self._logsnr(t)
+        eps = jax.random.normal(lattice_key, lattice_0.shape)
+        lattice_t = diffusion.q_sample(lattice_0, eps, logsnr)
+        rngs = {"dropout": dropout_key} if train else {}
+        x_pred, lattice_pred = self._predict(params, frac_t, lattice_t, t, slot, train=train, rngs=rngs)
+        lattice_error = lattice_pred - diffusion.target(lattice_0, eps, logsnr, "v")
+        x_loss = diffusion.weighted_mean_square(x_pred - x_target, mask.astype(jnp.float32))
+        return x_loss, jnp.mean(jnp.square(lattice_error), -1)
+
+    def check_sampler(self, settings: Mapping[str, Any]) -> None:
+        """Raises UserError for fields of config.sample that cannot be."""
+        if settings["method"] not in self.METHODS:
+            raise UserError(f"config.sample.method (--method) = {settings['method']!r}: choose from {self.METHODS}")
+        if settings["guidance_weight"]:
+            raise UserError(
+                f"config.sample.guidance_weight = {settings['guidance_weight']}: the slots model has no properties to "
+                "guide: give 0"
+            )
+
+    def conditions(self, requests: Sequence[Request], values: np.ndarray, given: np.ndarray) -> dict[str, np.ndarray]:
+        """Arrays of a batch of requests: `slot` [B, A], flat in [L, H, W], L H W where padded. values, given:
+        properties, of which this model has none. Raises UserError for requests without an exact composition."""
+        for request in requests:
+            if request.kind != "formula":
+                what = f"--{request.kind}={request.label}" if request.label else "no composition"
+                raise UserError(
+                    f"{what}: this checkpoint's model (slots) places the atoms of an exact composition: give --formula "
+                    "or --compositions_from, or take a checkpoint of unet3d"
+                )
+        places = self.spec.num_slots // self.spec.max_atoms_per_element
+        rows = []
+        for request in requests:
+            counts = count_table(request, self.spec).ravel()
+            place = np.repeat(np.arange(places), counts)
+            level = np.concatenate([np.arange(n) for n in counts[counts > 0]])
+            rows.append(level * places + place)
+        size = max(map(len, rows))
+        slot = np.full((len(rows), size + -size % PADDING), self.spec.num_slots, np.int32)
+        for target, row in zip(slot, rows, strict=True):
+            target[: len(row)] = row
+        return {"slot": slot}
+
+    def abstract_conditions(self, num_properties: int, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes of `conditions` with the indices, for the data set's largest crystals."""
+        size = self.spec.max_atoms + -self.spec.max_atoms % PADDING
+        return {
+            "slot": jax.ShapeDtypeStruct((batch_size, size), np.int32),
+            "indices": jax.ShapeDtypeStruct((batch_size,), np.int32),
+        }
+
+    def sample(
+        self,
+        params: Any,
+        key: jax.Array,
+        arrays: Mapping[str, jax.Array],
+        *,
+        num_steps: int,
+        method: str,
+        log_variance_interpolation: float,
+        guidance_weight: float,
+        time_power: float,
+    ) -> tuple[jax.Array, jax.Array]:
+        """Samples (x_0 [B, L, H, W, 3], lattice_0 [B, D]) in model units. arrays: of `conditions`, and `indices` [B].
+
+        All noise of a sample comes from (key, its index), the same for an atom whatever the padding. method:
+        "ancestral", "mean" (ancestral, without noise at its end: narrower than the learned distribution), "ddim" (the
+        probability flow) or "heun" (the same, of second order, with two evaluations a step).
+        """
+        self.check_sampler({"method": method, "guidance_weight": guidance_weight})
+        slot = arrays["slot"]
+        mask, number = slot < self.spec.num_slots, len(slot)
+        times = time_grid(num_steps, time_power)
+        # The last step leaves the smallest noise for none.
+        sigmas, logsnrs = self._sigma(times).at[-1].set(0.0), self._logsnr(times)
+        keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(arrays["indices"])
+
+        def draw(stream: int, of: Callable[..., jax.Array]) -> tuple[jax.Array, jax.Array]:
+            def one(sample_key):
+                x_key, lattice_key = jax.random.split(jax.random.fold_in(sample_key, stream))
+                by_atom = jax.vmap(lambda i: of(jax.random.fold_in(x_key, i), (3,)))(jnp.arange(slot.shape[1]))
+                return by_atom, jax.random.normal(lattice_key, (self.spec.lattice_size,))
+
+            return jax.vmap(one)(keys)
+
+        def evaluate(frac, lattice, i):
+            """(pull, clean lattice) as predicted."""
+            time = jnp.full(number, times[i])
+            x_pred, lattice_pred = self._predict(params, frac, lattice, time, slot)
+            clean = diffusion.predicted_x0(lattice_pred, lattice, self._logsnr(time), "v")
+            return x_pred * torus.pull_size(self._sigma(times[i])), clean.clip(*LATTICE_RANGE)
+
+        def step(carry, i):
+            frac, lattice = carry
+            ratio = sigmas[i + 1] / sigmas[i]
+            logsnr = logsnrs[i], logsnrs[i + 1]
+            last = i == num_steps - 1
+            pulled, lattice_0 = evaluate(frac, lattice, i)
+            if method in ("ancestral", "mean"):
+                next_frac = frac - (1 - ratio**2) * pulled
+            else:
+                next_frac = frac - (1 - ratio) * pulled
+            next_lattice = ddim_step(lattice, lattice_0, *logsnr)
+            if method == "heun":
+                again, lattice_1 = evaluate(next_frac, next_lattice, i + 1)
+                # Along sigma the slope is the pull over sigma; at the last step there is no second one.
+                slope = 0.5 * (pulled + again / jnp.where(last, 1.0, ratio))
+                next_frac = jnp.where(last, next_frac, frac - (1 - ratio) * slope)
+                next_lattice = ddim_step(lattice, 0.5 * (lattice_0 + lattice_1), *logsnr)
+            if method in ("ancestral", "mean"):
+                x_noise, lattice_noise = draw(i + 1, jax.random.normal)
+                # Between the posterior's variance and the forward process's, as `sampler.ancestral_step` has it.
+                std = sigmas[i + 1] ** (1 - log_variance_interpolation) * sigmas[i] ** log_variance_interpolation
+                quiet = last | (sigmas[i] < MEAN_BELOW) if method == "mean" else last
+                next_frac = next_frac + jnp.where(quiet, 0.0, std * jnp.sqrt(1 - ratio**2)) * x_noise
+                noisy = ancestral_step(lattice, lattice_0, *logsnr, lattice_noise, log_variance_interpolation)
+                next_lattice = jnp.where(quiet, next_lattice, noisy)
+            return (torus.wrap(next_frac), jnp.where(last, lattice_0, next_lattice)), None
+
+        start = draw(0, jax.random.uniform)
+        (frac, lattice), _ = jax.lax.scan(step, start, jnp.arange(num_steps))
+        coords = 2.0 * jnp.where(mask[..., None], frac - jnp.floor(frac), 0.0) - 1.0
+        return densify({"slot": slot, "coords": coords}, self.spec), lattice
+
+    def _sigma(self, t: jax.Array) -> jax.Array:
+        return torus.sigma_of(t, self.sigma_min, self.sigma_max)
+
+    def _logsnr(self, t: jax.Array) -> jax.Array:
+        return diffusion.cosine_logsnr(t, self.logsnr_min, self.logsnr_max)
+
+    def _predict(
+        self, params: Any, frac: jax.Array, lattice: jax.Array, t: jax.Array, slot: jax.Array, **options: Any
+    ) -> tuple[jax.Array, jax.Array]:
+        """The network's (pull in units of its size, without drift, and `v` of the lattice)."""
+        h, w = self.spec.table.shape
+        mask = slot < self.spec.num_slots
+        atoms = (jax.nn.one_hot(slot % (h * w), h * w) * mask[..., None]).reshape(*slot.shape, h, w)
+        metric = cell_metric(lattice, mask.sum(1), self.spec)
+        x_pred, lattice_pred = self.apply({"params": params}, frac, lattice, t, metric, atoms, **options)
+        return torus.without_drift(x_pred, mask), lattice_pred
+
+
+def cell_metric(lattice: jax.Array, num_atoms: jax.Array, spec: UniMatSpec) -> jax.Array:
+    """Metric tensors [B, 3, 3] (Angstrom^2) of noisy standardised lattices [B, 6]. Lengths are kept within 1 and 100
+    Angstrom, cosines within 0.95, eigenvalues of a logarithm within 0.01 and 10,000: what noise makes of a cell may be
+    none."""
+    raw = lattice * jnp.asarray(spec.lattice_std, jnp.float32) + jnp.asarray(spec.lattice_mean, jnp.float32)
+    size = jnp.cbrt(jnp.maximum(num_atoms, 1).astype(jnp.float32))[:, None]
+    rows, columns = np.triu_indices(3)
+    if spec.lattice_form == "log_metric":
+        half = jnp.zeros((len(lattice), 3, 3)).at[:, rows, columns].set(raw)
+        values, vectors = jnp.linalg.eigh(half + jnp.triu(half, 1).mT)
+        values = jnp.exp(values) * size**2
+        return jnp.einsum("bij,bj,bkj->bik", vectors, values.clip(0.01, 1e4), vectors)
+    lengths = (jnp.exp(raw[:, :3].clip(-20.0, 20.0)) * size).clip(1.0, 100.0)
+    alpha, beta, gamma = jnp.moveaxis(raw[:, 3:].clip(-0.95, 0.95), -1, 0)
+    one = jnp.ones_like(alpha)
+    cosines = jnp.stack([one, gamma, beta, gamma, one, alpha, beta, alpha, one], -1).reshape(-1, 3, 3)
+    return cosines * lengths[:, :, None] * lengths[:, None, :]
