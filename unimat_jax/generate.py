@@ -59,7 +59,7 @@ def parser() -> Parser:
     p.add_argument("--guidance_weight", type=float, help="the paper's w on properties; others' scale is 1 + w")
     p.add_argument("--num_steps", type=int, help="of the sampler; default: the checkpoint's")
     p.add_argument(
-        "--method", help="ancestral or ddim; slots models also mean (no noise) or heun; else the checkpoint's"
+        "--method", help="ancestral or ddim; slots models also mean (less noise) or heun; else the checkpoint's"
     )
     p.add_argument(
         "--time_power", type=float, help="above 1: the sampler's steps lie closer near the data; below 1: near noise"
