@@ -7,6 +7,7 @@ from collections import Counter
 
 import ase.io
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_run
@@ -77,10 +78,10 @@ def test_the_atoms_are_those_asked_for_by_construction(generator, formulas, seed
 
 def test_atoms_at_the_null_place_are_told_and_stay(generator, monkeypatch):
     spec = generator.spec
-    x = np.linspace(-3.2, -2.1, spec.num_slots).reshape(1, *spec.grid, 1) * np.ones((4, 1, 1, 1, 3))
+    x = jnp.linspace(-3.2, -2.1, spec.num_slots).reshape(1, *spec.grid, 1) * jnp.ones((4, 1, 1, 1, 3))
     sodium = np.argwhere(spec.table.atomic_numbers == 11)[0]
-    x[1, 0, sodium[0], sodium[1]] = 0.3
-    monkeypatch.setattr(generator, "_sampler", lambda settings, size: lambda *a: (x, np.zeros((4, 6), np.float32)))
+    x = x.at[1, 0, sodium[0], sodium[1]].set(0.3)
+    monkeypatch.setattr(generator, "_sampler", lambda settings, size: lambda *a: (x, jnp.zeros((4, 6))))
     all_there, all_but_one = generator.generate(2, formula="NaCl3")
     for sample, number in ((all_there, 4), (all_but_one, 3)):
         assert sample.status == "slot_at_null"
@@ -100,10 +101,9 @@ def test_a_chemical_system_has_no_other_element_and_a_missing_one_is_a_status(wi
 
 def test_a_missing_element_is_told(generator, monkeypatch):
     spec = generator.spec
-    x = np.full((4, *spec.grid, 3), -3.0)
     sodium = np.argwhere(spec.table.atomic_numbers == 11)[0]
-    x[:, 0, sodium[0], sodium[1]] = 0.2
-    monkeypatch.setattr(generator, "_sampler", lambda settings, size: lambda *a: (x, np.zeros((4, 6), np.float32)))
+    x = jnp.full((4, *spec.grid, 3), -3.0).at[:, 0, sodium[0], sodium[1]].set(0.2)
+    monkeypatch.setattr(generator, "_sampler", lambda settings, size: lambda *a: (x, jnp.zeros((4, 6))))
     sample, other = generator.generate(2, chemical_system="Na-Cl-O")[0], generator.generate(1, chemical_system="Na")[0]
     assert (sample.status, sample.message) == ("element_missing", "no O, Cl") and sample.crystal is not None
     assert other.status == "ok" and generator.generate(1, elements="Na,Cl")[0].status == "ok"
@@ -258,7 +258,7 @@ def test_a_batch_that_was_begun_is_sampled_whole_again(generator, monkeypatch):
     def sampler(settings, size):
         def run(params, key, arrays):
             sampled.append(np.asarray(arrays["indices"]).tolist())
-            return np.full((size, *generator.spec.grid, 3), 0.3), np.zeros((size, 6))
+            return jnp.full((size, *generator.spec.grid, 3), 0.3), jnp.zeros((size, 6))
 
         return run
 
