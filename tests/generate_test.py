@@ -322,7 +322,7 @@ def test_overwriting_leaves_what_others_put_there(finished, generator, tmp_path)
         ({"condition": {"gap": 1.0}}, rf"--condition=gap=...: the checkpoint knows \['{PROPERTY}'\]"),
         ({"num_steps": 0}, r"num_steps = 0"),
         ({"batch_size": 0}, r"batch_size = 0"),
-        ({"method": "euler"}, r"method = 'euler'"),
+        ({"method": "euler"}, r"\(--method\) = 'euler'"),
     ],
 )
 def test_what_cannot_be_asked(generator, options, message):
