@@ -14,24 +14,13 @@ import pytest
 import tiny_run
 from train_test import arrays, rows
 
+from benchmarks.scale_out import free_port
 from unimat_jax import Generator, distributed
 from unimat_jax.checkpoint import available_steps
 from unimat_jax.distributed import PEER_LOST
 from unimat_jax.errors import UserError
 
 NAMES = ("train/loss", "train/grad_norm", "eval/loss")
-
-
-def free_port() -> int:
-    """One whose next is free too."""
-    while True:
-        with socket.create_server(("", 0)) as server:
-            port = server.getsockname()[1]
-            try:
-                socket.create_server(("", port + 1)).close()
-                return port
-            except OSError:
-                continue
 
 
 class Job:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import tiny_run
-from distributed_test import free_port
 
+from benchmarks.scale_out import free_port
 from unimat_jax.checkpoint import available_steps
 
 RECIPES = Path(__file__).parents[1] / "docs" / "launch"
