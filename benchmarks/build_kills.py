@@ -1,6 +1,6 @@
 """Kills `unimat prepare` at random moments, lets the same command go on, and compares every byte with a build in peace.
 
-python -m benchmarks.build_kills --kills=100 --work_dir=/tmp/kills --output_dir=benchmarks/build_kills
+python -m benchmarks.build_kills --kills=40 --crystals=2000 --workdir=/tmp/kills
 
 The source is the package's crystals, some of them twice and some broken, in parts of 200. Half of the kills are
 SIGKILL, half SIGTERM, of the main process only: its workers have to end by themselves. Each build is killed one to
@@ -43,20 +43,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--kills", type=int, default=100)
     p.add_argument("--crystals", type=int, default=3000)
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--work_dir", type=Path, required=True, help="emptied first")
+    p.add_argument("--workdir", type=Path, required=True, help="emptied first")
     p.add_argument("--output_dir", type=Path, default=Path("benchmarks/build_kills"))
     flags = p.parse(sys.argv[1:] if argv is None else argv)
-    shutil.rmtree(flags.work_dir, ignore_errors=True)
-    source = write_source(flags.work_dir / "source", flags.crystals)
+    shutil.rmtree(flags.workdir, ignore_errors=True)
+    source = write_source(flags.workdir / "source", flags.crystals)
     begin = time.monotonic()
-    expected = contents(finish(command(source, flags.work_dir / "peace")))
+    expected = contents(finish(command(source, flags.workdir / "peace")))
     seconds = time.monotonic() - begin
     random_ = random.Random(flags.seed)
     kills: list[dict[str, str]] = []
     builds = 0
     while len(kills) < flags.kills:
-        one = command(source, flags.work_dir / "killed")
-        shutil.rmtree(flags.work_dir / "killed", ignore_errors=True)
+        one = command(source, flags.workdir / "killed")
+        shutil.rmtree(flags.workdir / "killed", ignore_errors=True)
         for _ in range(random_.randint(1, 3)):
             sent = random_.choice((signal.SIGKILL, signal.SIGTERM))
             if killed := kill(one, sent, random_.uniform(0, seconds)):

@@ -96,22 +96,21 @@ def kill_once(run: Run, how: signal.Signals, moment: str, draw: random.Random, l
     }  # fmt: skip
 
 
-def parameters(workdir: Path, step: int) -> dict[str, np.ndarray]:
-    found = {}
+def arrays(workdir: Path, step: int) -> dict[str, np.ndarray]:
+    """Every array of a checkpoint as it lies on disk, by its path; devices that are not here may have written it."""
+    items = {}
     with ocp.PyTreeCheckpointer() as checkpointer:
         for item in ("params", "ema_params", "optimizer"):
             path = (workdir / FOLDER / str(step) / item).absolute()
             tree = checkpointer.metadata(path).item_metadata.tree
             as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
-            restored = checkpointer.restore(path, restore_args=as_numpy)
-            for name, leaf in jax.tree_util.tree_leaves_with_path(restored):
-                found[item + jax.tree_util.keystr(name)] = np.asarray(leaf)
-    return found
+            items[item] = checkpointer.restore(path, restore_args=as_numpy)
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(items)}
 
 
 def compared(killed: Run, straight: Run, num_steps: int) -> dict[str, Any]:
     """Raises UserError where anything differs."""
-    ours, theirs = (parameters(run.workdir, num_steps) for run in (killed, straight))
+    ours, theirs = (arrays(run.workdir, num_steps) for run in (killed, straight))
     differing = [name for name in theirs if name not in ours or ours[name].tobytes() != theirs[name].tobytes()]
     sequences = [{row["step"]: row["index"] for row in run.rows("batches_0.jsonl")} for run in (killed, straight)]
     losses = [

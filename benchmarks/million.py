@@ -1,6 +1,6 @@
 """A million crystals on one machine: how fast they are built and read, and whether memory grows with their number.
 
-python -m benchmarks.million --source=$UNIMAT_DATA/mp_le20/mp_le20.npz --work_dir=/tmp/million
+python -m benchmarks.million --source=$UNIMAT_DATA/mp_le20/mp_le20.npz --workdir=/tmp/million
 
 The crystals are real ones with their atoms moved by 0.02 A and their cells strained by 1 % (standard deviations). Each
 size is built by `unimat prepare` in a process of its own, then read back shuffled on one core. Reading is given per
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--num_workers", type=int, default=2)
     p.add_argument("--no_niggli", action="store_true", help="leave the cells as they are")
     p.add_argument("--batches", type=int, default=200, help="batches of 256 in each of 5 rounds of reading")
-    p.add_argument("--work_dir", type=Path, required=True, help="some 2 GB for a million; emptied first")
+    p.add_argument("--workdir", type=Path, required=True, help="some 2 GB for a million; emptied first")
     p.add_argument("--output_dir", type=Path, default=Path("benchmarks/million"))
     flags = p.parse(sys.argv[1:] if argv is None else argv)
     result: dict[str, Any] = {"commit": commit(), "machine": machine(), "num_workers": flags.num_workers}
@@ -53,12 +53,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     path = flags.output_dir / ("million_no_niggli.json" if flags.no_niggli else "million.json")
     flags.output_dir.mkdir(parents=True, exist_ok=True)
     for size in [int(number) for number in flags.sizes.split(",")]:
-        shutil.rmtree(flags.work_dir, ignore_errors=True)
+        shutil.rmtree(flags.workdir, ignore_errors=True)
         row = {"crystals": size, "load_before": os.getloadavg()[0]}
-        row["make_source_seconds"] = timed(lambda: perturb(flags.source, flags.work_dir / "source", size))[1]  # noqa: B023
-        row["source_bytes"] = bytes_of(flags.work_dir / "source")
-        row |= build(flags.work_dir, flags.num_workers, not flags.no_niggli)
-        row |= read_back(data.dataset_directory("crystals", flags.work_dir), flags.batches)
+        row["make_source_seconds"] = timed(lambda: perturb(flags.source, flags.workdir / "source", size))[1]  # noqa: B023
+        row["source_bytes"] = bytes_of(flags.workdir / "source")
+        row |= build(flags.workdir, flags.num_workers, not flags.no_niggli)
+        row |= read_back(data.dataset_directory("crystals", flags.workdir), flags.batches)
         result["sizes"].append(row)
         path.write_text(json.dumps(result, indent=1) + "\n")  # what is done so far
         print(json.dumps(row), flush=True)

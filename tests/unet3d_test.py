@@ -302,7 +302,7 @@ def test_the_time_embedding_tells_all_noise_levels_apart():
 @pytest.mark.parametrize(
     ("name", "settings", "message"),
     [
-        ("transformer", {}, r"config.model.name = 'transformer': choose from \['unet3d'\]"),
+        ("transformer", {}, r"config.model.name = 'transformer': choose from \['slots', 'unet3d'\]"),
         ("unet3d", {"base_chanels": 8}, r"config.model: .*base_chanels"),
         ("unet3d", {"convolution": "2d"}, r"config.model: convolution = '2d': choose from axial, full, plane"),
         ("unet3d", {"attention_kernel": "fast"}, "attention_kernel = 'fast': choose from xla, cudnn"),

@@ -54,8 +54,8 @@ class Channel:
         """Raises TimeoutError after `timeout` seconds without a whole line."""
         end = time.monotonic() + timeout
         while b"\n" not in self._buffer:
-            self._socket.settimeout(max(end - time.monotonic(), 0.001))
             try:
+                self._socket.settimeout(max(end - time.monotonic(), 0.001))
                 data = self._socket.recv(65536)
             except TimeoutError:
                 raise
