@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny_run
-from train_test import arrays, rows
+from train_test import rows
 
+from benchmarks.kills import arrays
 from benchmarks.scale_out import free_port
 from unimat_jax import Generator, distributed
 from unimat_jax.checkpoint import available_steps

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 import tiny_run
 from tiny_run import BATCH_SIZE, NUM_STEPS
-from train_test import arrays, assert_same_checkpoint, rows
+from train_test import assert_same_checkpoint, rows
 
+from benchmarks.kills import arrays
 from unimat_jax import data, train
 from unimat_jax.checkpoint import available_steps
 from unimat_jax.errors import UserError
@@ -60,6 +61,14 @@ def test_a_bad_batch_is_left_out_and_its_ids_are_kept(at_step_6, tiny_data, tmp_
     ]
     assert available_steps(workdir)[-1] == NUM_STEPS
     assert all(np.isfinite(array).all() for array in arrays(workdir, NUM_STEPS).values())
+
+
+def test_before_the_first_checkpoint_the_run_begins_anew(tiny_data, tmp_path, monkeypatch):
+    """With the batch after the bad one, as a start that finds the window on disk would."""
+    broken(monkeypatch, 2)
+    few = {"train__num_steps": 4, "train__eval_every": 4, "train__sample_every": 0}
+    train.train(tiny_run.config(tiny_data, train__log_batches=True, **few), tmp_path / "run")
+    assert [batches(tmp_path / "run")[step] for step in range(1, 5)] == [3, 4, 5, 6]
 
 
 def test_it_is_left_out_by_the_next_start_too(at_step_6, tiny_data, tmp_path, monkeypatch):

@@ -4,12 +4,12 @@ import json
 import shutil
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 import tiny_run
 from tiny_run import NUM_STEPS
 
+from benchmarks.kills import arrays
 from data_prep.prepare import prepare
 from unimat_jax import data, train
 from unimat_jax.checkpoint import available_steps, read_run
@@ -29,21 +29,6 @@ def rows(workdir: Path) -> dict[int, dict]:
         row = json.loads(line)
         found[row["step"]] = found.get(row["step"], {}) | row
     return found
-
-
-def arrays(workdir: Path, step: int) -> dict[str, np.ndarray]:
-    """Every array of a checkpoint as it lies on disk."""
-    import orbax.checkpoint as ocp
-
-    items = {}
-    with ocp.PyTreeCheckpointer() as checkpointer:
-        for item in ("params", "ema_params", "optimizer"):
-            path = (workdir / "checkpoints" / str(step) / item).absolute()
-            # As numpy: devices that are not here may have written it.
-            tree = checkpointer.metadata(path).item_metadata.tree
-            as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
-            items[item] = checkpointer.restore(path, restore_args=as_numpy)
-    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(items)}
 
 
 def dataset_state(workdir: Path, step: int) -> dict:

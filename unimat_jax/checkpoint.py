@@ -25,6 +25,7 @@ from orbax.checkpoint import checkpoint_managers
 
 from unimat_jax import weights
 from unimat_jax.errors import UserError
+from unimat_jax.sharding import all_processes
 from unimat_jax.train_state import TrainState
 
 CONFIG, MODEL, FOLDER = "config.json", "model.json", "checkpoints"
@@ -117,10 +118,13 @@ class Checkpoints:
         Raises UserError where all are damaged."""
         damaged: dict[int, str] = {}
         for step in sorted(self._manager.all_steps(), reverse=True):
+            found, why = None, "another process could not read it"
             try:
                 found = self._restore(step, like)
             except Exception as error:  # orbax, tensorstore and json each have their own
-                damaged[step] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+                why = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            if not all_processes(found is not None):
+                damaged[step] = why
                 continue
             for number, why in damaged.items():
                 self._set_aside(number, f"the checkpoint of step {number} is damaged ({why}); going on from {step}")

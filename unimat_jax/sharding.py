@@ -70,6 +70,11 @@ def to_host(array: jax.Array) -> np.ndarray:
     return multihost_utils.process_allgather(array, tiled=True)
 
 
+def all_processes(flag: bool) -> bool:
+    """Whether it is so in every process."""
+    return flag if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.array(flag)).all())
+
+
 def number_of_first(value: int) -> int:
     """Process 0's value, in every process."""
     return int(multihost_utils.broadcast_one_to_all(np.int64(value))) if jax.process_count() > 1 else value

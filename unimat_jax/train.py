@@ -107,6 +107,7 @@ class _Training:
         self.iterator = data.training_iterator(
             self.batches, num_threads=config.data.num_threads, prefetch=config.data.prefetch
         )
+        self.beginning = self.iterator.get_state()
         self._restore()
         if self.first:
             write_json(workdir / CONFIG, plain(config))
@@ -152,7 +153,7 @@ class _Training:
         """To the latest checkpoint that is whole, or to the beginning. Sets state, step and the next batch."""
         found = self.checkpoints.restore_latest(self.run.abstract_state)
         if found is None:
-            self.state, position = self.run.init(), self.iterator.get_state()
+            self.state, position = self.run.init(), self.beginning
         else:
             self.state, position = found
         self.step = int(self.state.step)
