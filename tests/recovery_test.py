@@ -30,10 +30,10 @@ def batches(workdir: Path) -> dict[int, int]:
     return {row["step"]: row["batch"] for row in map(json.loads, lines)}
 
 
-def broken(monkeypatch, *numbers: int) -> None:
-    """These batches hold a lattice that is no number."""
+def broken(monkeypatch, *numbers: int, lattice: float = np.nan) -> None:
+    """These batches hold a lattice that is no number, or another."""
     make = data.BatchMaker.__call__
-    bad = {"lattice": np.full((BATCH_SIZE, 6), np.nan)}
+    bad = {"lattice": np.full((BATCH_SIZE, 6), lattice, np.float32)}
     monkeypatch.setattr(data.BatchMaker, "__call__", lambda self, n: make(self, n) | (bad if n in numbers else {}))
 
 
@@ -69,6 +69,16 @@ def test_before_the_first_checkpoint_the_run_begins_anew(tiny_data, tmp_path, mo
     few = {"train__num_steps": 4, "train__eval_every": 4, "train__sample_every": 0}
     train.train(tiny_run.config(tiny_data, train__log_batches=True, **few), tmp_path / "run")
     assert [batches(tmp_path / "run")[step] for step in range(1, 5)] == [3, 4, 5, 6]
+
+
+def test_a_loss_that_explodes_is_a_bad_step_too(tiny_data, tmp_path, monkeypatch, capfd):
+    broken(monkeypatch, 18, lattice=1e3)
+    few = {"train__num_steps": 20, "train__eval_every": 20, "train__checkpoint_every": 16, "train__sample_every": 0}
+    train.train(tiny_run.config(tiny_data, train__log_batches=True, **few), tmp_path / "run")
+    told = capfd.readouterr().err
+    assert "warning: step 19: train/loss is " in told and "over 10 times the usual" in told
+    assert [batches(tmp_path / "run")[step] for step in range(16, 21)] == [15, 19, 20, 21, 22]
+    assert max(row["train/loss"] for step, row in rows(tmp_path / "run").items() if step) < 10
 
 
 def test_it_is_left_out_by_the_next_start_too(at_step_6, tiny_data, tmp_path, monkeypatch):
