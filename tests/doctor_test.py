@@ -205,13 +205,16 @@ def test_what_is_not_installed_and_extras_that_are_new(tmp_path, monkeypatch):
     lines += ["Provides-Extra: new", "Requires-Dist: no-such-engine>=1; extra == 'new'"]
     lines += ["Provides-Extra: old", "Requires-Dist: numpy>=999; extra == 'old'"]
     lines += ["Provides-Extra: both", "Requires-Dist: unimat-jax[new]; extra == 'both'"]
+    lines += ["Provides-Extra: partly", "Requires-Dist: numpy>=999; extra == 'partly'"]
+    lines += ["Requires-Dist: no-such-engine>=1; extra == 'partly'"]
     lines += ["Provides-Extra: there", "Requires-Dist: numpy; extra == 'there'"]
     monkeypatch.syspath_prepend(distribution(tmp_path, "unimat-jax", "0.0.1", *lines))
     found = list(command.packages.required())
     assert found == [
         Finding("problem", "packages", "no-such-package is not installed", "pip install 'no-such-package>=2'")
     ]
-    new, old, both, there = command.packages.extras()
+    new, old, both, partly, there = command.packages.extras()
+    assert partly.status == "ok" and partly.found == "not installed (no no-such-engine)"
     assert (new.status, new.found) == ("ok", "not installed (no no-such-engine)") and "'.[new]'" in new.fix
     assert old.status == "warning" and ">=999 is asked for" in old.found
     assert both.found == "not installed (no no-such-engine)" and there.found == "installed"

@@ -75,10 +75,10 @@ def extras() -> Iterator[Finding]:
         wrong = list(_wrong(_requirements(US, extra)))
         outdated = [f"{r.name} {version}, but {_asked(r)}" for r, version in wrong if version is not None]
         missing = [r.name for r, version in wrong if version is None]
-        if outdated:
-            yield Finding("warning", f"extra {extra}", "; ".join(outdated), fix)
-        elif missing:
+        if missing:  # what else it needs may be there for another reason, in any version
             yield Finding("ok", f"extra {extra}", f"not installed (no {', '.join(dict.fromkeys(missing))})", fix)
+        elif outdated:
+            yield Finding("warning", f"extra {extra}", "; ".join(outdated), fix)
         else:
             yield Finding("ok", f"extra {extra}", "installed")
 
