@@ -40,17 +40,7 @@ def parser() -> Parser:
     p.add_argument("--energy_scale", choices=SCALES, help="what the energies of a package.module:Callable are")
     p.add_argument("--functional", default="", help="that the model was fitted to; only recorded")
     p.add_argument("--output_dir", required=True, type=Path)
-    hull = p.add_mutually_exclusive_group()
-    hull.add_argument("--hull", nargs="+", metavar="FILE", default=[], help="reference entries, elements included")
-    hull.add_argument("--elements", nargs="+", metavar="FILE", default=[], help="elemental reference entries")
-    hull.add_argument("--hull_structures", nargs="+", metavar="PATH", default=[], help="to be relaxed too; only those "
-                      "within the candidates' chemical systems are")  # fmt: skip
-    p.add_argument("--known", nargs="+", metavar="PATH", default=[], help="structures that are not novel: S.U.N.")
-    p.add_argument("--against", nargs="+", type=Path, default=[], metavar="DIR", help="output directories of other "
-                   "runs: energy differences and reduction rates by composition")  # fmt: skip
-    p.add_argument("--correction", choices=CORRECTIONS, default="auto", help="auto: MP2020 is added to the scale pbe")
-    p.add_argument("--mixed_schemes", action="store_true", help="let energies of unlike schemes meet")
-    p.add_argument("--tolerances", choices=TOLERANCES, default="mattergen", help="for being one structure")
+    reference_flags(p, "PATH", "to be relaxed too; only those within the candidates' chemical systems are")
     p.add_argument("--fmax", type=float, default=Protocol.fmax, help="eV/A, of atoms and cell")
     p.add_argument("--max_steps", type=int, default=Protocol.max_steps)
     p.add_argument("--pressure", type=float, default=Protocol.pressure, help="GPa")
@@ -65,7 +55,22 @@ def parser() -> Parser:
     return p
 
 
-def _print(assessed: Assessed, output_dir: Path) -> None:
+def reference_flags(p: Parser, metavar: str, hull_structures: str) -> None:
+    """What relaxed crystals are held against: the fields of `References`, and --correction."""
+    hull = p.add_mutually_exclusive_group()
+    hull.add_argument("--hull", nargs="+", metavar="FILE", default=[], help="reference entries, elements included")
+    hull.add_argument("--elements", nargs="+", metavar="FILE", default=[], help="elemental reference entries")
+    hull.add_argument("--hull_structures", nargs="+", metavar=metavar, default=[], help=hull_structures)
+    p.add_argument("--known", nargs="+", metavar="PATH", default=[], help="structures that are not novel: S.U.N.")
+    p.add_argument("--against", nargs="+", type=Path, default=[], metavar="DIR", help="output directories of other "
+                   "runs: energy differences and reduction rates by composition")  # fmt: skip
+    p.add_argument("--correction", choices=CORRECTIONS, default="auto", help="auto: MP2020 is added to the scale pbe")
+    p.add_argument("--mixed_schemes", action="store_true", help="let energies of unlike schemes meet")
+    p.add_argument("--tolerances", choices=TOLERANCES, default="mattergen", help="for being one structure")
+
+
+def print_assessed(assessed: Assessed, output_dir: Path) -> None:
+    """The metrics, the counts and the files of a run."""
     about = assessed.about
     print(table(assessed.metrics, {}, list(assessed.metrics)))
     for title, other in assessed.comparison.items():
@@ -113,5 +118,5 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments["output_dir"], resume=arguments.pop("resume"), overwrite=arguments.pop("overwrite"),
         kept=outputs.JOURNAL, made=outputs.MADE, what="a stability run",
     )  # fmt: skip
-    _print(assess(model=model, protocol=protocol, **arguments), arguments["output_dir"])
+    print_assessed(assess(model=model, protocol=protocol, **arguments), arguments["output_dir"])
     return 0
