@@ -124,7 +124,7 @@ def has_potentials() -> bool:
     """Whether pymatgen knows where the user's POTCARs are."""
     from pymatgen.core import SETTINGS as pymatgen_settings
 
-    return bool(os.environ.get("PMG_VASP_PSP_DIR") or pymatgen_settings.get("PMG_VASP_PSP_DIR"))
+    return bool(pymatgen_settings.get("PMG_VASP_PSP_DIR"))
 
 
 def folder_name(number: int, uid: str) -> str:
@@ -196,9 +196,10 @@ def _row(entry: Entry, folder: Path, answer: str | Failure | None, inputs: Input
     if entry.crystal is None:
         return row | {"status": f"failed({entry.reason})", "message": entry.message}
     row |= {"formula": entry.crystal.formula, "num_atoms": entry.crystal.num_atoms}
+    row |= {"folder": f"{RUNS}/{folder.name}"} if folder.is_dir() else {}
     if isinstance(answer, Failure):
         return row | {"status": f"failed({answer.reason})", "message": answer.message}
-    return row | {"status": "written", "folder": f"{RUNS}/{folder.name}", "potentials": answer or ""}
+    return row | {"status": "written", "potentials": answer or ""}
 
 
 def read_manifest(path: Path) -> list[dict[str, str]]:

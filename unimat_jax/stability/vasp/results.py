@@ -59,7 +59,8 @@ class Reader:
             began = Crystal.from_pymatgen(first.initial_structure)
             if crystal is None or crystal.symbols != began.symbols:
                 crystal = began
-            return Run(self._relaxation(stages, crystal), crystal, settings_of(last), str(last.vasp_version or ""))
+            settings = {"stage": stages[-1][0]} | settings_of(last)
+            return Run(self._relaxation(stages, crystal), crystal, settings, str(last.vasp_version or ""))
 
     def _relaxation(self, stages: list[tuple[str, Any]], start: Crystal) -> Relaxation:
         name, last = stages[-1]

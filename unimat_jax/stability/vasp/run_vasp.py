@@ -66,6 +66,8 @@ def main() -> int:
         jobs(folder, shlex.split(arguments.vasp_cmd)),
         validators=[validators.VasprunXMLValidator(), validators.VaspFilesValidator()],
         max_errors=arguments.max_errors,
+        polling_time_step=1,
+        monitor_freq=300,
         directory=str(folder),
         gzipped_output=arguments.gzip,
     ).run()
