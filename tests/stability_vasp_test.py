@@ -14,11 +14,11 @@ import numpy as np
 import pymatgen.core
 import pytest
 import shared_data
-from pymatgen.io.vasp import Incar, Kpoints, Poscar
-from pymatgen.io.vasp.sets import MPRelaxSet, MPStaticSet
+from pymatgen.io.vasp import Incar
 from stability_test import read, write
 
 import unimat_jax.starter
+from benchmarks.vasp_inputs import check_input
 from unimat_jax.cli import run_program
 from unimat_jax.crystal import Crystal
 from unimat_jax.stability import outputs
@@ -47,23 +47,6 @@ def crystals(number):
     return list(read_structures(Path(str(unimat_jax.starter.__file__)).parent / "starter.npz"))[:number]
 
 
-def check_input(folder, crystal, **settings):
-    """Every field of a folder's files against pymatgen's sets, made by themselves."""
-    relax, static = (kind(crystal.to_pymatgen(), **settings) for kind in (MPRelaxSet, MPStaticSet))
-    for name, expected in (("", relax), (".static", static)):
-        assert dict(Incar.from_file(folder / f"INCAR{name}")) == dict(Incar.from_str(str(expected.incar))), name
-        kpoints = Kpoints.from_file(folder / f"KPOINTS{name}")
-        assert (kpoints.kpts, kpoints.style, kpoints.kpts_shift) == (
-            expected.kpoints.kpts, expected.kpoints.style, expected.kpoints.kpts_shift)  # fmt: skip
-    poscar = Poscar.from_file(folder / "POSCAR", check_for_potcar=False)
-    assert poscar.site_symbols == relax.poscar.site_symbols and poscar.natoms == relax.poscar.natoms
-    assert poscar.structure.species == relax.poscar.structure.species
-    np.testing.assert_allclose(poscar.structure.lattice.matrix, relax.poscar.structure.lattice.matrix, atol=1e-12)
-    np.testing.assert_allclose(poscar.structure.frac_coords, relax.poscar.structure.frac_coords, atol=1e-12)
-    assert (folder / "POTCAR.spec").read_text().split() == relax.potcar_symbols
-    assert poscar.comment == crystal.uid
-
-
 @pytest.mark.parametrize(("symprec", "settings"), [(0, {}), (0.01, {"standardize": True, "sym_prec": 0.01})])
 def test_input_is_pymatgens_field_by_field(tmp_path, symprec, settings):
     ours = list(read_structures(write(tmp_path / "raw.extxyz", crystals(4))))  # the format rounds
@@ -74,7 +57,7 @@ def test_input_is_pymatgens_field_by_field(tmp_path, symprec, settings):
     assert (tmp_path / "out" / FOLDERS).read_text().split() == [row["folder"] for row in rows]
     for row, crystal in zip(rows, ours, strict=True):
         assert row["status"] == "written" and row["settings"] == "mp"
-        check_input(tmp_path / "out" / row["folder"], crystal, **settings)
+        assert check_input(tmp_path / "out" / row["folder"], crystal, **settings) > 40
 
 
 def salt(uid="salt", **changes):
