@@ -129,7 +129,7 @@ def _inputs(arguments: dict[str, Any]) -> int:
     if arguments["symprec"] < 0:
         raise UserError(f"--symprec={arguments['symprec']}: give a length in Angstrom, or 0")
     spec = arguments.pop("potcar_spec") or not has_potentials()
-    inputs = Inputs(*(arguments.pop(name) for name in ("settings", "symprec", "potcar_functional")), spec)
+    inputs = Inputs(arguments.pop("settings"), arguments.pop("symprec"), arguments.pop("potcar_functional"), spec)
     output_dir: Path = arguments["output_dir"]
     rows = write_inputs(inputs=inputs, **arguments)
     counts = Counter(row["status"] for row in rows).most_common()
