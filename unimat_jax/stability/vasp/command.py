@@ -115,13 +115,14 @@ def _own_hull(
 
 def _about(runs: Sequence[Run], scale: Scale) -> dict[str, Any]:
     """What relaxed, and how, as stability.json has it."""
-    versions = sorted({run.version for run in runs if run.version})
     types = sorted({run.settings["run_type"] for run in runs if run.settings})
+    functional = "PBE(+U), Materials Project settings" if scale.corrected else ", ".join(types)
     return {
-        "energy_model": "vasp", "energy_model_kwargs": "{}", "weights": {}, "package": "VASP " + ", ".join(versions),
-        "energy_scale": "pbe", "functional": ", ".join(types), "correction": scale.scheme,
-        "mp2020_added": scale.corrected, "protocol": {"pressure": 0.0},
+        "energy_model": "vasp", "energy_model_kwargs": "{}", "weights": {}, "package": "VASP",
+        "energy_scale": "pbe", "functional": functional, "correction": scale.scheme, "mp2020_added": scale.corrected,
+        "protocol": {"pressure": 0.0},
         "protocol_text": "as the runs were made: run_type, encut, potentials and hubbards of each are in the table",
+        "vasp_versions": sorted({run.version for run in runs if run.version}),
     }  # fmt: skip
 
 
