@@ -23,9 +23,10 @@ from unimat_jax.errors import UserError
 from unimat_jax.evaluation.alignment import TOLERANCES
 from unimat_jax.evaluation.outputs import prepare_directory, table
 from unimat_jax.stability import outputs
-from unimat_jax.stability.assessment import Assessed, assess
+from unimat_jax.stability.assessment import assess
 from unimat_jax.stability.corrections import CORRECTIONS, resolve
 from unimat_jax.stability.engines import ENGINES, SCALES, energy_model
+from unimat_jax.stability.judgement import Assessed
 from unimat_jax.stability.relaxation import Protocol
 
 
