@@ -147,7 +147,7 @@ class Relaxer(_OnEngine):
             return Relaxation("failed", "unsupported_element", f"{self.model.name} does not know {', '.join(missing)}")
         if crystal.num_atoms > 1 and crystal.min_distance < MIN_DISTANCE:
             return Relaxation("failed", "overlapping_atoms", f"{crystal.min_distance:.3g} A apart")
-        found = relax(crystal, load(self.model), self.protocol)
+        found = self.relax(crystal)
         relaxed = found.crystal(crystal)
         if relaxed is not None and (farthest := float(shells(relaxed).nearest.max())) > MAX_NEAREST:
             found = Relaxation("failed", "isolated_atom", f"an atom is {farthest:.1f} A from the nearest other",
@@ -159,6 +159,9 @@ class Relaxer(_OnEngine):
                 found = dataclasses.replace(found, message=f"no MP2020 correction: {type(error).__name__}: {error}")
         clocks = {"seconds": time.monotonic() - begin, "cpu_seconds": time.process_time() - cpu}
         return dataclasses.replace(found, **{name: round(value, 3) for name, value in clocks.items()})
+
+    def relax(self, crystal: Crystal) -> Relaxation:
+        return relax(crystal, load(self.model), self.protocol)
 
 
 def relax(crystal: Crystal, calculator: Calculator, protocol: Protocol) -> Relaxation:
@@ -215,6 +218,9 @@ def _explosion(atoms: Atoms, start_volume: float, protocol: Protocol, geometry_o
 
 
 def _reason(error: Exception) -> str:
+    """What the exception says of itself as its `reason`, else the little that its text tells."""
+    if reason := getattr(error, "reason", ""):
+        return str(reason)
     text = str(error).lower()
     if isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
         return "out_of_memory"
