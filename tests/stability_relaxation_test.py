@@ -156,7 +156,7 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path):
 @pytest.mark.parametrize(
     ("name", "settings", "message"),
     [
-        ("magic", {}, "choose from sevennet, chgnet, or give a calculator as package.module:Callable"),
+        ("magic", {}, "choose from sevennet, chgnet, gpaw, or give a calculator as package.module:Callable"),
         (EMT_PATH, {}, "needs --energy_scale"),
         ("nowhere.calc:Calc", {"scale": "own"}, "nowhere is not installed here"),
         (EMT_PATH, {"scale": "own", "kwargs": {"model_path": "no/such.nqx"}}, "is no file"),
