@@ -98,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     kwargs = {name: getattr(arguments, name) for name in ("cutoff", "kpoint_density", "static_kpoint_density")}
     model = energy_model(GPAW, kwargs=kwargs)
     done = assess([arguments.structures], model, output_dir=arguments.output_dir / "run",
-                  hull_structures=[path, *arguments.hull_structures], num_workers=arguments.num_workers, retry=True,
+                  hull_structures=[*arguments.hull_structures, path], num_workers=arguments.num_workers, retry=True,
                   protocol=Protocol(fmax=arguments.fmax, optimizer=DEFAULTS[GPAW]["optimizer"]),
                   timeout_s=DEFAULTS[GPAW]["timeout_s"])  # fmt: skip
     assert len(done.rows) == len(read_entries([arguments.structures])), "a row a structure"

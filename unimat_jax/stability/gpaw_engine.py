@@ -36,7 +36,8 @@ class ScfNotConverged(Exception):
 
 
 class Gpaw(Calculator):
-    """GPAW at DftSettings. `begin` says for which crystal: its k-points, U and moments stay until the next one."""
+    """GPAW at DftSettings. `begin` says for which crystal: its k-points, U and moments stay until the next one. So does
+    the cutoff, and at each step of a relaxation the plane waves are those of the cell as it is then."""
 
     implemented_properties = ["energy", "forces", "stress", "magmoms"]  # noqa: RUF012
 
