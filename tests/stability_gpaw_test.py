@@ -10,6 +10,7 @@ import time
 
 import numpy as np
 import pytest
+import spglib
 from pymatgen.io.vasp.sets import MPRelaxSet
 from stability_engines_test import oxides
 from stability_test import read, run, write
@@ -59,6 +60,12 @@ def test_kpoints_by_density_with_gamma():
     assert kpoint_mesh(titanate, 8) < kpoint_mesh(titanate, 64)
 
 
+def with_fixed_origin(crystal: Crystal) -> int:
+    """Symmetry operations without a translation."""
+    found = spglib.get_symmetry((crystal.lattice, crystal.frac_coords, crystal.atomic_numbers), symprec=1e-5)
+    return int((np.abs(found["translations"] - found["translations"].round()).max(1) < 1e-5).sum())
+
+
 def test_a_rattled_cell_is_made_symmetric_where_it_is():
     titanate = oxides()[0]
     rng = np.random.default_rng(0)
@@ -71,6 +78,8 @@ def test_a_rattled_cell_is_made_symmetric_where_it_is():
     shift = found.frac_coords - rattled.frac_coords
     assert np.abs((shift - shift.mean(0)) @ lattice).max() < 0.01, "and no atom in another's place"
     assert symmetrised(rattled, 0.0) is rattled
+    polar = dataclasses.replace(titanate, frac_coords=titanate.frac_coords + [[0.2, 0.3, z] for z in (0, 0.1, 0, 0, 0)])
+    assert with_fixed_origin(polar) < with_fixed_origin(symmetrised(polar, 0.01)) == 8, "all of P4mm"
     distorted = symmetrised(dataclasses.replace(rattled, lattice=np.diag([3.9, 4.0, 4.1])), 0.01)
     assert distorted.lengths == pytest.approx([3.9, 4.0, 4.1], abs=0.01), "what is not symmetric stays so"
 

@@ -125,9 +125,11 @@ def kpoint_mesh(crystal: Crystal, density: float) -> tuple[int, int, int]:
 
 
 def symmetrised(crystal: Crystal, symprec: float) -> Crystal:
-    """The same cell and atoms, moved to where the symmetry found within symprec (A) has them.
+    """The same cell and atoms, moved to where the symmetry found within symprec (A) has them, and all together to its
+    standard origin.
 
-    What a potential relaxed is off by thousandths of an Angstrom, and without symmetry has ten times the k-points.
+    What a potential relaxed is off by thousandths of an Angstrom, and without symmetry has ten times the k-points. GPAW
+    sees only the symmetry that leaves the origin where it is, or moves it by a fraction of its grid.
     """
     from ase.spacegroup.symmetrize import refine_symmetry
 
@@ -135,8 +137,9 @@ def symmetrised(crystal: Crystal, symprec: float) -> Crystal:
         return crystal
     atoms = crystal.to_ase()
     try:
-        refine_symmetry(atoms, symprec=symprec)
+        found: Any = refine_symmetry(atoms, symprec=symprec)
+        origin = -np.linalg.solve(found.transformation_matrix, found.origin_shift)
     except Exception:  # spglib finds none
         return crystal
-    frac_coords = np.linalg.solve(atoms.cell.array.T, atoms.positions.T).T
+    frac_coords = np.linalg.solve(atoms.cell.array.T, atoms.positions.T).T - origin
     return Crystal.create(crystal.atomic_numbers, frac_coords, atoms.cell.array, crystal.uid, crystal.properties)

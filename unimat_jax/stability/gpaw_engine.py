@@ -115,8 +115,6 @@ class Gpaw(Calculator):
             convergence={"energy": settings.energy_tolerance},
             maxiter=settings.max_scf_steps,
             spinpol=self._moments is not None,
-            # Glide planes and screw axes too: without them rutile drifts, and has twice the k-points.
-            symmetry={"symmorphic": False},
             # The last number: occupations are not normalised to the atom's, as VASP's are not.
             setups={symbol: f":d,{u},0" for symbol, u in values.items()},
             txt=None if self._log is None else self._log.open("a", encoding="utf-8"),
