@@ -234,7 +234,7 @@ def test_schemes_are_not_mixed_unasked(known_energies, tmp_path, capsys):
     folder, files = known_energies
     cases = {
         "none": (["--correction=none"], "pbe", "'none', the reference's in 'MP2020'"),
-        "own": ([], "own", "--energy_scale=own: the model's energies mean nothing beside reference entries"),
+        "own": ([], "own", "energies on a scale of their own (own: stability_calculators:Tabulated)"),
         "pressed": (["--pressure=10"], "pbe", "reference entries are at zero pressure"),
         "twice": (["--correction=mp2020"], "mp2020", "it would count twice"),
     }

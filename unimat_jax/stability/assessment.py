@@ -15,7 +15,7 @@ from unimat_jax.crystal import Crystal
 from unimat_jax.evaluation.entries import Entry, read_entries
 from unimat_jax.stability import outputs
 from unimat_jax.stability.corrections import resolve
-from unimat_jax.stability.engines import EnergyModel
+from unimat_jax.stability.engines import GPAW, EnergyModel
 from unimat_jax.stability.journal import Journal, relax_all
 from unimat_jax.stability.judgement import (
     Assessed,
@@ -61,7 +61,7 @@ def assess(
     scale = Scale(*resolve(model, correction), protocol.pressure)
     about = about_model(model, protocol, scale)
     relax = functools.partial(
-        relax_all, relaxer=Relaxer(model, protocol, scale.corrected, memory_limit_gb),
+        relax_all, relaxer=relaxer_of(model, protocol, scale.corrected, memory_limit_gb, output_dir),
         journal=Journal(output_dir / outputs.JOURNAL, retry=retry), timeout_s=timeout_s, num_workers=num_workers,
     )  # fmt: skip
 
@@ -81,6 +81,16 @@ def assess(
     )  # fmt: skip
     write(assessed, output_dir)
     return assessed
+
+
+def relaxer_of(
+    model: EnergyModel, protocol: Protocol, corrected: bool, memory_limit_gb: float, output_dir: Path
+) -> Relaxer:
+    if model.name != GPAW:
+        return Relaxer(model, protocol, corrected, memory_limit_gb)
+    from unimat_jax.stability.gpaw_engine import GpawRelaxer
+
+    return GpawRelaxer(model, protocol, corrected, memory_limit_gb, str(output_dir / outputs.DFT))
 
 
 def about_model(model: EnergyModel, protocol: Protocol, scale: Scale) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -25,9 +26,15 @@ from unimat_jax.evaluation.outputs import prepare_directory, table
 from unimat_jax.stability import outputs
 from unimat_jax.stability.assessment import assess
 from unimat_jax.stability.corrections import CORRECTIONS, resolve
-from unimat_jax.stability.engines import ENGINES, SCALES, energy_model
+from unimat_jax.stability.engines import ENGINES, GPAW, SCALES, energy_model
 from unimat_jax.stability.judgement import Assessed
-from unimat_jax.stability.relaxation import Protocol
+from unimat_jax.stability.relaxation import OPTIMIZERS, Protocol
+
+DEFAULTS = {
+    "": {"timeout_s": 600.0, "optimizer": Protocol.optimizer},
+    GPAW: {"timeout_s": 86400.0, "optimizer": "bfgs"},
+}
+"""By energy model: where a step takes seconds, the optimiser that needs fewer of them is worth its risks."""
 
 
 def parser() -> Parser:
@@ -35,16 +42,19 @@ def parser() -> Parser:
     p.add_argument("--structures", nargs="+", action="extend", required=True, metavar="PATH",
                    help="crystal files, directories, zips")  # fmt: skip
     p.add_argument("--energy_model", required=True, metavar="NAME",
-                   help=f"{', '.join(ENGINES)} (extras), or any ASE calculator as package.module:Callable")  # fmt: skip
-    p.add_argument("--energy_model_kwargs", default="{}", metavar="JSON", help='as {"device": "cuda"}')
+                   help=f"{', '.join([*ENGINES, GPAW])} (extras), or any ASE calculator as "
+                   "package.module:Callable")  # fmt: skip
+    p.add_argument("--energy_model_kwargs", default="{}", metavar="JSON",
+                   help='as {"device": "cuda"}; for gpaw as {"cutoff": 900}')  # fmt: skip
     p.add_argument("--energy_scale", choices=SCALES, help="what the energies of a package.module:Callable are")
     p.add_argument("--functional", default="", help="that the model was fitted to; only recorded")
     p.add_argument("--output_dir", required=True, type=Path)
     reference_flags(p, "PATH", "to be relaxed too; only those within the candidates' chemical systems are")
     p.add_argument("--fmax", type=float, default=Protocol.fmax, help="eV/A, of atoms and cell")
     p.add_argument("--max_steps", type=int, default=Protocol.max_steps)
+    p.add_argument("--optimizer", choices=OPTIMIZERS, help="default: fire; bfgs for gpaw")
     p.add_argument("--pressure", type=float, default=Protocol.pressure, help="GPa")
-    p.add_argument("--timeout_s", type=float, default=600.0, help="seconds for one structure")
+    p.add_argument("--timeout_s", type=float, help="seconds for one structure; default: 600, for gpaw a day")
     p.add_argument("--memory_limit_gb", type=float, default=0.0, help="for one process; 0: no limit")
     p.add_argument("--num_workers", type=int, help="processes; default: all cores")
     p.add_argument("--retry", action="store_true", help="with --resume: relax again what ran out of time or memory, or "
@@ -107,16 +117,21 @@ def _positive(arguments: Mapping[str, Any], *names: str) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = vars(parser().parse(sys.argv[1:] if argv is None else argv))
+    defaults = DEFAULTS[GPAW if arguments["energy_model"] == GPAW else ""]
+    arguments |= {name: value for name, value in defaults.items() if arguments[name] is None}
     _positive(arguments, "fmax", "max_steps", "timeout_s")
     model = energy_model(
         arguments.pop("energy_model"), kwargs=_kwargs(arguments.pop("energy_model_kwargs")),
         scale=arguments.pop("energy_scale"), functional=arguments.pop("functional"),
     )  # fmt: skip
     resolve(model, arguments["correction"])
-    protocol = Protocol(*(arguments.pop(name) for name in ("fmax", "max_steps", "pressure")))
+    protocol = Protocol(**{name: arguments.pop(name) for name in ("fmax", "max_steps", "optimizer", "pressure")})
+    overwrite = arguments.pop("overwrite")
     prepare_directory(
-        arguments["output_dir"], resume=arguments.pop("resume"), overwrite=arguments.pop("overwrite"),
+        arguments["output_dir"], resume=arguments.pop("resume"), overwrite=overwrite,
         kept=outputs.JOURNAL, made=outputs.MADE, what="a stability run",
     )  # fmt: skip
+    if overwrite:
+        shutil.rmtree(arguments["output_dir"] / outputs.DFT, ignore_errors=True)
     print_assessed(assess(model=model, protocol=protocol, **arguments), arguments["output_dir"])
     return 0

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from unimat_jax.errors import UserError
 from unimat_jax.periodic_table import SYMBOLS
+from unimat_jax.stability.dft import DftSettings
 
 if TYPE_CHECKING:
     from ase.calculators.calculator import Calculator
@@ -88,6 +89,8 @@ ENGINES = {
     "chgnet": _Built("chgnet", "mp2020", "pretrained/0.3.0/*.tar"),
 }
 """By the name of the extra that installs each."""
+GPAW = "gpaw"
+"""The energy model that computes instead of predicting: DftSettings are its arguments."""
 
 
 def energy_model(
@@ -109,9 +112,11 @@ def energy_model(
     }
     if name in ENGINES:
         return _built_in(name, kwargs, scale, functional)
+    if name == GPAW:
+        return _gpaw(kwargs, scale, functional)
     module, _, attribute = name.partition(":")
     if not module or not attribute:
-        names = ", ".join(ENGINES)
+        names = ", ".join([*ENGINES, GPAW])
         raise UserError(f"--energy_model={name}: choose from {names}, or give a calculator as package.module:Callable")
     if scale is None:
         scales = "; ".join(f"{key}: {text}" for key, text in SCALES.items())
@@ -140,6 +145,19 @@ def _built_in(name: str, kwargs: dict[str, Any], scale: str | None, functional: 
     package = _package(engine.distribution)
     values = json.dumps(kwargs, sort_keys=True)
     return EnergyModel(name, path, values, engine.scale, functional or engine.functional, weights, package)
+
+
+def _gpaw(kwargs: dict[str, Any], scale: str | None, functional: str) -> EnergyModel:
+    if scale not in (None, "own"):
+        raise UserError(f"--energy_scale={scale}: {GPAW} declares own ({SCALES['own']})")
+    settings = DftSettings.of(kwargs)
+    fix = "bash docs/install_gpaw.sh in a clone of unimat-jax, or pip install 'unimat-jax[dft]' where libxc is"
+    for package in ("gpaw", "gpaw_data"):
+        _require(package, GPAW, fix)
+    functional = functional or ("PBE(+U), Materials Project settings" if settings.hubbard_u else "PBE")
+    values = json.dumps(dataclasses.asdict(settings), sort_keys=True)
+    packages = f"{_package('gpaw')}, {_package('gpaw_data')}"
+    return EnergyModel(GPAW, "unimat_jax.stability.gpaw_engine:Gpaw", values, "own", functional, {}, packages)
 
 
 def _require(package: str, name: str, fix: str) -> Path:
@@ -183,6 +201,10 @@ def load(model: EnergyModel) -> Calculator:
 
 
 def unsupported(model: EnergyModel, atomic_numbers: Collection[int]) -> list[str]:
-    """Symbols of the elements that a model of ENGINES does not know; of others nothing is known until they fail."""
+    """Symbols of the elements that a model of ENGINES does not know, or GPAW has no data set of; of others nothing is
+    known until they fail."""
     known = _MPTRJ if model.name in ENGINES else frozenset(range(1, 119))
+    if model.name == GPAW:
+        engine: Any = load(model)
+        known = engine.elements
     return [SYMBOLS[number] for number in sorted(set(atomic_numbers) - known)]

@@ -92,6 +92,8 @@ def relax_all(
             problem = next(pool.map(Probe(relaxer.model), [None]))
             if problem:
                 raise UserError(problem.message if isinstance(problem, Failure) else problem)
+            journal.path.parent.mkdir(parents=True, exist_ok=True)
+            journal.path.touch()  # by which --resume knows a run that was killed at its first crystal
             waiting = list(todo.items())
             for index, found in pool.as_completed(relaxer, [c for _, c in waiting], progress=progress):
                 done = Relaxation.of_failure(found) if isinstance(found, Failure) else found

@@ -107,8 +107,8 @@ def _reference_hull(references: References, scale: Scale, entries: Sequence[Entr
     theirs = scheme_of(phases)
     if scale.scheme.startswith("own") and not mixed:
         raise UserError(
-            "--energy_scale=own: the model's energies mean nothing beside reference entries; take --hull_structures, "
-            "which are relaxed by the model itself, or ask for the mixture with --mixed_schemes"
+            f"energies on a scale of their own ({scale.scheme}) mean nothing beside reference entries; take "
+            "--hull_structures, which are relaxed by the model itself, or ask for the mixture with --mixed_schemes"
         )
     check_schemes(scale.scheme, theirs, mixed)
     return Hull("elements" if elements else "reference", phases, theirs, left_out)

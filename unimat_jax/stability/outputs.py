@@ -20,6 +20,8 @@ from unimat_jax.evaluation.structure_statistics import SYMPREC_LOOSE
 
 SUMMARY, RELAXED, CANDIDATES, CIFS = "stability.json", "relaxed.extxyz", "candidates.csv", "candidates_cif.zip"
 JOURNAL = "relaxations.jsonl"
+DFT = "dft"
+"""The folder of GPAW's logs, and of what its relaxations go on from."""
 MADE = (SUMMARY, RELAXED, CANDIDATES, CIFS, PARQUET, CSV)
 FIRST_COLUMNS = ("uid", "formula", "status", "formation_energy_per_atom", "decomposition_energy", "e_above_hull")
 RANKED_COLUMNS = (
