@@ -79,6 +79,7 @@ def assess(
     timeout_s: float = 600.0,
     memory_limit_gb: float = 0.0,
     num_workers: int | None = None,
+    batch_size: int = 1,
     retry: bool = False,
 ) -> Assessed:
     """Relaxes the structures in files, puts their energies on the scale of the hull, writes everything into
@@ -93,8 +94,8 @@ def assess(
     if known and not (hull or hull_structures):
         raise UserError("--known is for S.U.N., which needs a hull: give --hull or --hull_structures too")
     journal = Journal(output_dir / outputs.JOURNAL, retry=retry)
-    run = _Run(Relaxer(model, protocol, added, memory_limit_gb), journal, scheme,
-               timeout_s, num_workers)  # fmt: skip
+    relaxer = Relaxer(model, protocol, added, batch_size, memory_limit_gb=memory_limit_gb)
+    run = _Run(relaxer, journal, scheme, timeout_s, num_workers)
     about = {
         "energy_model": model.name, "energy_model_kwargs": model.kwargs, "weights": model.weights,
         "package": model.package, "energy_scale": model.scale, "functional": model.functional, "correction": scheme,
@@ -137,6 +138,7 @@ def assess(
         "structures": [str(p) for p in structures], "structures_hash": content_hash(entries),
         "references": [str(p) for p in [*hull, *elements, *hull_structures]], "known": [str(p) for p in known],
         "num_structures": len(entries), "timeout_s": timeout_s, "memory_limit_gb": memory_limit_gb,
+        "batch_size": batch_size,
         "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
         "relaxation_seconds": round(sum(relaxation.seconds for relaxation in relaxations), 1),
         "seconds": round(time.monotonic() - begin, 1),
