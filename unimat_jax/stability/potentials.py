@@ -7,6 +7,7 @@ Only `engines.load` imports this module.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -73,6 +74,9 @@ def chgnet(device: str = "cpu", **kwargs: Any) -> Calculator:
 
     loaded: Any = CHGNetCalculator(use_device=device, **kwargs)
     model = loaded.model.requires_grad_(False).eval()
+    warnings.filterwarnings(
+        "ignore", message="Converting a tensor with requires_grad"
+    )  # of volumes that it does not use
 
     def evaluate(many: Sequence[Atoms]) -> list[dict[str, Any]]:
         graphs = [model.graph_converter(AseAtomsAdaptor.get_structure(atoms)) for atoms in many]
