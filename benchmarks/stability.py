@@ -28,10 +28,10 @@ STRAIN, RATTLE = 0.03, 0.08
 """Of all three lengths; Angstrom, the deviation of each coordinate."""
 
 
-def raw(crystal: Crystal, rng: np.random.Generator) -> Crystal:
+def raw(crystal: Crystal, rng: np.random.Generator, strain: float = STRAIN, rattle: float = RATTLE) -> Crystal:
     """The crystal as a sample of a good generator would be: too large, and near its sites."""
-    lattice = crystal.lattice * (1 + STRAIN)
-    shift = rng.normal(scale=RATTLE, size=(crystal.num_atoms, 3)) @ np.linalg.inv(lattice)
+    lattice = crystal.lattice * (1 + strain)
+    shift = rng.normal(scale=rattle, size=(crystal.num_atoms, 3)) @ np.linalg.inv(lattice)
     return Crystal.create(crystal.atomic_numbers, crystal.frac_coords + shift, lattice, crystal.uid)
 
 

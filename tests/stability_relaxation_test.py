@@ -107,6 +107,52 @@ def test_each_trouble_costs_one_structure(tmp_path):
     assert again == found, "all of it from the journal: in this process, hanging or exiting would show"
 
 
+def in_batches(log, **kwargs):
+    return energy_model("stability_calculators:InBatches", scale="own", kwargs={"log": str(log), **kwargs})
+
+
+def test_batches_find_what_single_relaxations_find(tmp_path):
+    crystals = [metal(["Cu", "Au"], a=3.7 + 0.05 * i, rattle=0.1, uid=f"c{i}") for i in range(7)]
+    crystals += [metal(["Cu", "Pd"]), metal(["Cu"], a=2.0)]
+    for optimizer in OPTIMIZERS:
+        single, together = (
+            relax_all(crystals, Relaxer(in_batches(tmp_path / "log"), Protocol(optimizer=optimizer), False, size),
+                      Journal(tmp_path / f"{optimizer}{size}"), timeout_s=60, num_workers=0, progress="")
+            for size in (1, 4)
+        )  # fmt: skip
+        assert [one.label for one in single] == [one.label for one in together]
+        for one, other in zip(single[:7], together[:7], strict=True):
+            assert one.status == "converged" and one.force_calls == other.force_calls
+            assert one.energy == pytest.approx(other.energy, abs=1e-8)
+            assert np.allclose(one.lattice, other.lattice, atol=1e-8)
+    sizes = [int(line) for line in (tmp_path / "log").read_text().split()]
+    assert max(sizes) == 4 and sizes.count(4) > len(sizes) / 3
+
+
+def test_each_trouble_costs_one_structure_of_a_batch(tmp_path):
+    relaxer = Relaxer(in_batches(tmp_path / "log"), Protocol(), False, batch_size=5, memory_limit_gb=8)
+    crystals = [crystal for crystal, _ in ODD.values()]
+    found = relax_all(crystals, relaxer, Journal(tmp_path / "j"), timeout_s=2, num_workers=2, progress="")
+    expected = {name: label for name, (_, label) in ODD.items()}
+    assert {name: one.label for name, one in zip(ODD, found, strict=True)} == expected
+    assert "no palladium today" in found[2].message
+
+
+def test_a_batch_that_takes_too_much_memory_is_halved_for_good(tmp_path):
+    crystals = [metal(["Cu", "Au"], a=3.8 + 0.05 * i) for i in range(6)]
+    relaxer = Relaxer(in_batches(tmp_path / "log", most=2), Protocol(), False, batch_size=6)
+    found = relax_all(crystals, relaxer, Journal(tmp_path / "j"), timeout_s=60, num_workers=0, progress="")
+    assert [one.status for one in found] == ["converged"] * 6
+    sizes = [int(line) for line in (tmp_path / "log").read_text().split()]
+    assert sizes[:2] == [6, 3] and max(sizes[4:]) == 2, "the size that did not fit is not tried again"
+
+
+def test_an_engine_without_batches_says_so(tmp_path):
+    relaxer = Relaxer(emt(), Protocol(), False, batch_size=2)
+    with pytest.raises(UserError, match="evaluates one crystal at a time"):
+        relax_all([metal(["Cu"])], relaxer, Journal(tmp_path / "j"), timeout_s=60, num_workers=0)
+
+
 def test_a_cell_that_flies_apart_has_exploded(relaxed):
     found = relaxed(metal(["Cu"], a=2.0), Protocol(max_volume_ratio=1.5))
     assert found.status == "exploded" and "volume" in found.message and found.lattice is None

@@ -47,6 +47,7 @@ def assess(
     timeout_s: float = 600.0,
     memory_limit_gb: float = 0.0,
     num_workers: int | None = None,
+    batch_size: int = 1,
     retry: bool = False,
 ) -> Assessed:
     """Relaxes the structures in files, puts their energies on the scale of the hull, writes everything into
@@ -61,7 +62,7 @@ def assess(
     scale = Scale(*resolve(model, correction), protocol.pressure)
     about = about_model(model, protocol, scale)
     relax = functools.partial(
-        relax_all, relaxer=relaxer_of(model, protocol, scale.corrected, memory_limit_gb, output_dir),
+        relax_all, relaxer=relaxer_of(model, protocol, scale.corrected, batch_size, memory_limit_gb, output_dir),
         journal=Journal(output_dir / outputs.JOURNAL, retry=retry), timeout_s=timeout_s, num_workers=num_workers,
     )  # fmt: skip
 
@@ -77,20 +78,26 @@ def assess(
     assessed = judge_all(entries, relaxations, standards, about, num_workers=num_workers)
     assessed.about.update(
         structures=[str(path) for path in structures], timeout_s=timeout_s, memory_limit_gb=memory_limit_gb,
-        seconds=round(time.monotonic() - begin, 1),
+        batch_size=batch_size, seconds=round(time.monotonic() - begin, 1),
     )  # fmt: skip
     write(assessed, output_dir)
     return assessed
 
 
 def relaxer_of(
-    model: EnergyModel, protocol: Protocol, corrected: bool, memory_limit_gb: float, output_dir: Path
+    model: EnergyModel,
+    protocol: Protocol,
+    corrected: bool,
+    batch_size: int,
+    memory_limit_gb: float,
+    output_dir: Path,
 ) -> Relaxer:
     if model.name != GPAW:
-        return Relaxer(model, protocol, corrected, memory_limit_gb)
+        return Relaxer(model, protocol, corrected, batch_size, memory_limit_gb=memory_limit_gb)
     from unimat_jax.stability.gpaw_engine import GpawRelaxer
 
-    return GpawRelaxer(model, protocol, corrected, memory_limit_gb, str(output_dir / outputs.DFT))
+    work_dir = str(output_dir / outputs.DFT)
+    return GpawRelaxer(model, protocol, corrected, batch_size, work_dir, memory_limit_gb=memory_limit_gb)
 
 
 def about_model(model: EnergyModel, protocol: Protocol, scale: Scale) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Energy models: machine-learned potentials and any other ASE calculator, each with the energy scale that it declares.
 
-`energy_model` describes one without importing it; `load` makes its calculator, once in a process.
+`energy_model` describes one without importing it; `load` makes its calculator, once in a process. Those of ENGINES are
+in `potentials`.
 """
 
 from __future__ import annotations
@@ -55,20 +56,6 @@ class EnergyModel:
 
     def __hash__(self) -> int:
         return hash(self.identity)
-
-
-def sevennet(device: str = "cpu", **kwargs: Any) -> Calculator:
-    """SevenNet-0 (Park et al. 2024, doi:10.1021/acs.jctc.4c00190), of 11 July 2024: the weights inside its wheel."""
-    from sevenn.calculator import SevenNetCalculator  # pyright: ignore[reportMissingImports]
-
-    return SevenNetCalculator("7net-0", device=device, **kwargs)
-
-
-def chgnet(device: str = "cpu", **kwargs: Any) -> Calculator:
-    """CHGNet 0.3.0 (Deng et al. 2023, doi:10.1038/s42256-023-00716-3): the weights inside its wheel."""
-    from chgnet.model.dynamics import CHGNetCalculator  # pyright: ignore[reportMissingImports]
-
-    return CHGNetCalculator(use_device=device, **kwargs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +128,7 @@ def _built_in(name: str, kwargs: dict[str, Any], scale: str | None, functional: 
     weights = {path.name: _sha256(path) for path in sorted(folder.glob(engine.weights))}
     if not weights:
         raise UserError(f"--energy_model={name}: no {engine.weights} in {folder}: install the package again")
-    path = f"{__name__}:{name}"
+    path = f"{__package__}.potentials:{name}"
     package = _package(engine.distribution)
     values = json.dumps(kwargs, sort_keys=True)
     return EnergyModel(name, path, values, engine.scale, functional or engine.functional, weights, package)

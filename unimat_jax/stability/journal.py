@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -63,7 +64,8 @@ class Journal:
 
 def key_of(crystal: Crystal, relaxer: Relaxer) -> str:
     """Names what is relaxed and how: the same crystal under the same model and protocol is done once."""
-    how = json.dumps([relaxer.model.identity, dataclasses.asdict(relaxer.protocol), relaxer.with_correction])
+    protocol = [relaxer.protocol.text, dataclasses.asdict(relaxer.protocol)]
+    how = json.dumps([relaxer.model.identity, *protocol, relaxer.with_correction])
     return hashlib.sha256(content_key(crystal) + how.encode()).hexdigest()[:32]
 
 
@@ -89,13 +91,19 @@ def relax_all(
         for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
             os.environ.setdefault(name, "1")  # one thread for each process: the workers inherit this
         with Pool(num_workers, timeout_s=timeout_s) as pool:
-            problem = next(pool.map(Probe(relaxer.model), [None]))
+            problem = next(pool.map(Probe(relaxer.model, batches=relaxer.batch_size > 1), [None]))
             if problem:
                 raise UserError(problem.message if isinstance(problem, Failure) else problem)
             journal.path.parent.mkdir(parents=True, exist_ok=True)
             journal.path.touch()  # by which --resume knows a run that was killed at its first crystal
-            waiting = list(todo.items())
-            for index, found in pool.as_completed(relaxer, [c for _, c in waiting], progress=progress):
-                done = Relaxation.of_failure(found) if isinstance(found, Failure) else found
-                journal.add(waiting[index][0], done)
+            names, waiting = list(todo), list(todo.values())
+            if relaxer.batch_size > 1:
+                from unimat_jax.stability.batched import relax_together
+
+                results = relax_together(waiting, relaxer, pool, progress=progress)
+            else:
+                results = pool.as_completed(relaxer, waiting, progress=progress)
+            with contextlib.closing(results):
+                for index, found in results:
+                    journal.add(names[index], Relaxation.of_failure(found) if isinstance(found, Failure) else found)
     return [journal.relaxations[key] for key in keys]

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 OPTIMIZERS = {"bfgs": "BFGS", "fire": "FIRE"}
 """The names of `ase.optimize`."""
+MAX_ATOMS_BFGS = 500
+"""In larger cells BFGS gives way to FIRE: its own work grows with the cube of the atoms, and overtakes the forces'."""
 STATUSES = ("converged", "not_converged", "exploded", "timeout", "failed")
 MIN_DISTANCE = 0.1
 """Angstrom. Atoms nearer than this lie on one another, where no potential has a meaning."""
@@ -41,7 +43,7 @@ class Protocol:
     max_steps: int = 500
     pressure: float = 0.0
     max_volume_ratio: float = 5.0
-    optimizer: str = "fire"
+    optimizer: str = "bfgs"
 
     def __post_init__(self) -> None:
         if self.optimizer not in OPTIMIZERS:
@@ -49,8 +51,8 @@ class Protocol:
 
     @property
     def text(self) -> str:
-        name = OPTIMIZERS[self.optimizer]
-        return f"ASE {name}, FrechetCellFilter, fmax {self.fmax} eV/A, {self.max_steps} steps, {self.pressure} GPa"
+        name = f"BFGS (FIRE beyond {MAX_ATOMS_BFGS} atoms)" if self.optimizer == "bfgs" else "FIRE"
+        return f"ASE {name}, UnitCellFilter, fmax {self.fmax} eV/A, {self.max_steps} steps, {self.pressure} GPa"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,11 +98,23 @@ class Relaxation:
         return cls("failed", failure.reason, failure.message)
 
 
+class Stopped(Exception):
+    """Raised by a calculator whose engine failed in another process."""
+
+    def __init__(self, failure: Failure):
+        super().__init__(failure.message)
+        self.failure = failure
+
+
 @dataclasses.dataclass(frozen=True)
-class _OnEngine:
-    """A function for the pool whose process has the engine loaded before the clock of its first item runs."""
+class OnEngine:
+    """A function for the pool whose process has the engine loaded before the clock of its first item runs.
+
+    memory_limit_gb: what the process may take at most; 0: whatever there is.
+    """
 
     model: EnergyModel
+    memory_limit_gb: float = dataclasses.field(default=0.0, kw_only=True)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -110,55 +124,71 @@ class _OnEngine:
             importlib.import_module(module)
         with contextlib.suppress(UserError):  # the item will say it
             load(self.model)
-
-
-@dataclasses.dataclass(frozen=True)
-class Probe(_OnEngine):
-    """Whether the engine can be loaded: returns "" or what is wrong."""
-
-    def __call__(self, _: Any) -> str:
-        try:
-            load(self.model)
-        except UserError as error:
-            return str(error)
-        return ""
-
-
-@dataclasses.dataclass(frozen=True)
-class Relaxer(_OnEngine):
-    """Crystal -> Relaxation. memory_limit_gb: what the process may take at most; 0: whatever there is."""
-
-    protocol: Protocol
-    with_correction: bool
-    memory_limit_gb: float = 0.0
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
         if self.memory_limit_gb:
             import resource
 
             size = int(self.memory_limit_gb * 1e9)
             resource.setrlimit(resource.RLIMIT_DATA, (size, size))
 
+
+@dataclasses.dataclass(frozen=True)
+class Probe(OnEngine):
+    """Whether the engine can be loaded, and evaluates batches where it has to: returns "" or what is wrong."""
+
+    batches: bool = False
+
+    def __call__(self, _: Any) -> str:
+        try:
+            calculator = load(self.model)
+        except UserError as error:
+            return str(error)
+        if self.batches and not hasattr(calculator, "calculate_batch"):
+            return (
+                f"--batch_size: {self.model.name} evaluates one crystal at a time: leave --batch_size out, or give the "
+                "calculator a method calculate_batch(list of Atoms) -> list of results"
+            )
+        return ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Relaxer(OnEngine):
+    """Crystal -> Relaxation. batch_size: crystals that `relax_all` lets a process evaluate in one call."""
+
+    protocol: Protocol
+    with_correction: bool
+    batch_size: int = 1
+
     def __call__(self, crystal: Crystal) -> Relaxation:
         begin, cpu = time.monotonic(), time.process_time()
+        if refused := self.refusal(crystal):
+            return refused
+        found = self.finished(crystal, self.relax(crystal))
+        clocks = {"seconds": time.monotonic() - begin, "cpu_seconds": time.process_time() - cpu}
+        return dataclasses.replace(found, **{name: round(value, 3) for name, value in clocks.items()})
+
+    def refusal(self, crystal: Crystal) -> Relaxation | None:
+        """In the place of a relaxation that has no sense."""
         missing = unsupported(self.model, crystal.atomic_numbers.tolist())
         if missing:
             return Relaxation("failed", "unsupported_element", f"{self.model.name} does not know {', '.join(missing)}")
         if crystal.num_atoms > 1 and crystal.min_distance < MIN_DISTANCE:
             return Relaxation("failed", "overlapping_atoms", f"{crystal.min_distance:.3g} A apart")
-        found = self.relax(crystal)
-        relaxed = found.crystal(crystal)
-        if relaxed is not None and (farthest := float(shells(relaxed).nearest.max())) > MAX_NEAREST:
-            found = Relaxation("failed", "isolated_atom", f"an atom is {farthest:.1f} A from the nearest other",
-                               force_calls=found.force_calls)  # fmt: skip
-        elif relaxed is not None and self.with_correction:
-            try:
-                found = dataclasses.replace(found, correction=mp2020_correction(relaxed))
-            except Exception as error:  # the relaxation is good without it
-                found = dataclasses.replace(found, message=f"no MP2020 correction: {type(error).__name__}: {error}")
-        clocks = {"seconds": time.monotonic() - begin, "cpu_seconds": time.process_time() - cpu}
-        return dataclasses.replace(found, **{name: round(value, 3) for name, value in clocks.items()})
+        return None
+
+    def finished(self, start: Crystal, found: Relaxation) -> Relaxation:
+        """What `relax` found, with its correction, unless an atom has left the others."""
+        relaxed = found.crystal(start)
+        if relaxed is None:
+            return found
+        if (farthest := float(shells(relaxed).nearest.max())) > MAX_NEAREST:
+            message = f"an atom is {farthest:.1f} A from the nearest other"
+            return Relaxation("failed", "isolated_atom", message, force_calls=found.force_calls)
+        if not self.with_correction:
+            return found
+        try:
+            return dataclasses.replace(found, correction=mp2020_correction(relaxed))
+        except Exception as error:  # the relaxation is good without it
+            return dataclasses.replace(found, message=f"no MP2020 correction: {type(error).__name__}: {error}")
 
     def relax(self, crystal: Crystal) -> Relaxation:
         return relax(crystal, load(self.model), self.protocol)
@@ -168,7 +198,7 @@ def relax(crystal: Crystal, calculator: Calculator, protocol: Protocol) -> Relax
     """The crystal at its minimum under the pressure asked for, or how far it came. What the calculator raises is a
     status too."""
     import ase.optimize
-    from ase.filters import FrechetCellFilter
+    from ase.filters import UnitCellFilter
     from ase.units import GPa
 
     atoms = crystal.to_ase()
@@ -177,17 +207,21 @@ def relax(crystal: Crystal, calculator: Calculator, protocol: Protocol) -> Relax
         if hasattr(calculator, "reset"):  # it may have been stopped in the middle of the crystal before
             calculator.reset()
         atoms.calc = calculator
-        both: Any = FrechetCellFilter(atoms, scalar_pressure=protocol.pressure * GPa)
+        atoms.get_forces()  # ASE would ask first in a functools.cached_property, whose lock threads share before 3.12
+        both: Any = UnitCellFilter(atoms, scalar_pressure=protocol.pressure * GPa)
         converged = False
-        optimizer: Any = getattr(ase.optimize, OPTIMIZERS[protocol.optimizer])(both, logfile=None)
+        name = protocol.optimizer if crystal.num_atoms <= MAX_ATOMS_BFGS else "fire"
+        optimizer: Any = getattr(ase.optimize, OPTIMIZERS[name])(both, logfile=None)
         for done in optimizer.irun(fmax=protocol.fmax, steps=protocol.max_steps):
             calls, converged = calls + 1, bool(done)
             if problem := _explosion(atoms, crystal.volume, protocol):
                 return Relaxation("exploded", message=problem, force_calls=calls)
+    except Stopped as error:
+        return dataclasses.replace(Relaxation.of_failure(error.failure), force_calls=calls)
     except Exception as error:
         if problem := _explosion(atoms, crystal.volume, protocol, geometry_only=True):
             return Relaxation("exploded", message=problem, force_calls=calls)
-        return Relaxation("failed", _reason(error), f"{type(error).__name__}: {error}"[:500], force_calls=calls)
+        return Relaxation("failed", reason_of(error), f"{type(error).__name__}: {error}"[:500], force_calls=calls)
     stress = np.asarray(atoms.get_stress(voigt=False)) / GPa
     moments = getattr(calculator, "results", {}).get("magmoms")
     cell = atoms.cell.array
@@ -217,7 +251,7 @@ def _explosion(atoms: Atoms, start_volume: float, protocol: Protocol, geometry_o
     return ""
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
     """What the exception says of itself as its `reason`, else the little that its text tells."""
     if reason := getattr(error, "reason", ""):
         return str(reason)
