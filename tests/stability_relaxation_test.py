@@ -17,7 +17,7 @@ from unimat_jax.errors import UserError
 from unimat_jax.evaluation.pool import Pool
 from unimat_jax.stability.engines import ENGINES, energy_model
 from unimat_jax.stability.journal import Journal, key_of, relax_all
-from unimat_jax.stability.relaxation import Protocol, Relaxation, Relaxer, displacement
+from unimat_jax.stability.relaxation import OPTIMIZERS, Protocol, Relaxation, Relaxer, displacement
 
 TESTS = Path(__file__).parent
 
@@ -44,8 +44,9 @@ def relaxed():
             yield lambda crystal, protocol: next(pool.map(Relaxer(emt(), protocol, with_correction=False), [crystal]))
 
 
-def test_copper_comes_to_rest_at_emts_lattice_constant(relaxed):
-    found = relaxed(metal(["Cu"], a=3.9), Protocol(fmax=0.005))
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_copper_comes_to_rest_at_emts_lattice_constant(relaxed, optimizer):
+    found = relaxed(metal(["Cu"], a=3.9), Protocol(fmax=0.005, optimizer=optimizer))
     assert found.status == "converged" and found.max_force < 0.005
     volume = 4 * abs(np.linalg.det(found.lattice))
     assert volume ** (1 / 3) == pytest.approx(3.59, abs=0.02), "EMT's copper, Jacobsen et al. 1996"
@@ -118,7 +119,10 @@ def test_the_same_crystal_is_relaxed_once_and_another_protocol_anew(tmp_path):
     found = relax_all(crystals, relaxer, journal, timeout_s=60, num_workers=1, progress="")
     assert found[0] == found[1] != found[2] and len(journal.relaxations) == 2
     loose = Relaxer(emt(), Protocol(fmax=0.2), with_correction=False)
-    assert key_of(crystals[0], loose) != key_of(crystals[0], relaxer)
+    others = [Relaxer(emt(), Protocol(optimizer=name), with_correction=False) for name in OPTIMIZERS]
+    assert len({key_of(crystals[0], one) for one in [loose, *others]}) == 1 + len(OPTIMIZERS)
+    with pytest.raises(UserError, match="optimizer = 'newton': choose from bfgs, fire"):
+        Protocol(optimizer="newton")
 
 
 def test_a_killed_run_goes_on_where_it_was(tmp_path):

@@ -26,7 +26,7 @@ from unimat_jax.stability import outputs
 from unimat_jax.stability.assessment import Assessed, assess
 from unimat_jax.stability.corrections import CORRECTIONS, resolve
 from unimat_jax.stability.engines import ENGINES, SCALES, energy_model
-from unimat_jax.stability.relaxation import Protocol
+from unimat_jax.stability.relaxation import OPTIMIZERS, Protocol
 
 
 def parser() -> Parser:
@@ -52,6 +52,7 @@ def parser() -> Parser:
     p.add_argument("--tolerances", choices=TOLERANCES, default="mattergen", help="for being one structure")
     p.add_argument("--fmax", type=float, default=Protocol.fmax, help="eV/A, of atoms and cell")
     p.add_argument("--max_steps", type=int, default=Protocol.max_steps)
+    p.add_argument("--optimizer", choices=OPTIMIZERS, default=Protocol.optimizer)
     p.add_argument("--pressure", type=float, default=Protocol.pressure, help="GPa")
     p.add_argument("--timeout_s", type=float, default=600.0, help="seconds for one structure")
     p.add_argument("--memory_limit_gb", type=float, default=0.0, help="for one process; 0: no limit")
@@ -107,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         scale=arguments.pop("energy_scale"), functional=arguments.pop("functional"),
     )  # fmt: skip
     resolve(model, arguments["correction"])
-    protocol = Protocol(*(arguments.pop(name) for name in ("fmax", "max_steps", "pressure")))
+    protocol = Protocol(**{name: arguments.pop(name) for name in ("fmax", "max_steps", "optimizer", "pressure")})
     prepare_directory(
         arguments["output_dir"], resume=arguments.pop("resume"), overwrite=arguments.pop("overwrite"),
         kept=outputs.JOURNAL, made=outputs.MADE, what="a stability run",

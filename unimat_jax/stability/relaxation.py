@@ -1,4 +1,4 @@
-"""One crystal relaxed, atoms and cell together, by ASE's FIRE; every end that this can have is a status."""
+"""One crystal relaxed, atoms and cell together, by an optimiser of ASE's; every end that this can have is a status."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from ase import Atoms
     from ase.calculators.calculator import Calculator
 
+OPTIMIZERS = {"bfgs": "BFGS", "fire": "FIRE"}
+"""The names of `ase.optimize`."""
 STATUSES = ("converged", "not_converged", "exploded", "timeout", "failed")
 MIN_DISTANCE = 0.1
 """Angstrom. Atoms nearer than this lie on one another, where no potential has a meaning."""
@@ -33,16 +35,22 @@ MAX_NEAREST = 6.0
 @dataclasses.dataclass(frozen=True)
 class Protocol:
     """How crystals are relaxed. fmax: eV/Angstrom, of atoms and cell; max_steps: of the optimiser; pressure: GPa;
-    max_volume_ratio: a cell that has grown or shrunk by more has exploded."""
+    max_volume_ratio: a cell that has grown or shrunk by more has exploded; optimizer: one of OPTIMIZERS."""
 
     fmax: float = 0.05
     max_steps: int = 500
     pressure: float = 0.0
     max_volume_ratio: float = 5.0
+    optimizer: str = "fire"
+
+    def __post_init__(self) -> None:
+        if self.optimizer not in OPTIMIZERS:
+            raise UserError(f"optimizer = {self.optimizer!r}: choose from {', '.join(OPTIMIZERS)}")
 
     @property
     def text(self) -> str:
-        return f"ASE FIRE, FrechetCellFilter, fmax {self.fmax} eV/A, {self.max_steps} steps, {self.pressure} GPa"
+        name = OPTIMIZERS[self.optimizer]
+        return f"ASE {name}, FrechetCellFilter, fmax {self.fmax} eV/A, {self.max_steps} steps, {self.pressure} GPa"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,8 +164,8 @@ class Relaxer(_OnEngine):
 def relax(crystal: Crystal, calculator: Calculator, protocol: Protocol) -> Relaxation:
     """The crystal at its minimum under the pressure asked for, or how far it came. What the calculator raises is a
     status too."""
+    import ase.optimize
     from ase.filters import FrechetCellFilter
-    from ase.optimize import FIRE
     from ase.units import GPa
 
     atoms = crystal.to_ase()
@@ -168,7 +176,7 @@ def relax(crystal: Crystal, calculator: Calculator, protocol: Protocol) -> Relax
         atoms.calc = calculator
         both: Any = FrechetCellFilter(atoms, scalar_pressure=protocol.pressure * GPa)
         converged = False
-        optimizer: Any = FIRE(both, logfile=None)  # pyright: ignore[reportArgumentType]
+        optimizer: Any = getattr(ase.optimize, OPTIMIZERS[protocol.optimizer])(both, logfile=None)
         for done in optimizer.irun(fmax=protocol.fmax, steps=protocol.max_steps):
             calls, converged = calls + 1, bool(done)
             if problem := _explosion(atoms, crystal.volume, protocol):
