@@ -38,7 +38,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     table, _ = nnls(counts / volumes[:, None], np.ones(len(volumes)))
     enough = (counts > 0).sum(0) >= MIN_CRYSTALS
     print({SYMBOLS[z]: round(float(table[z]), 1) for z in range(1, 119) if enough[z] and table[z] > 0})
-    print("too rare or zero:", [SYMBOLS[z] for z in range(1, 119) if counts[:, z].any() and not (enough[z] and table[z] > 0)])
+    print(
+        "too rare or zero:",
+        [SYMBOLS[z] for z in range(1, 119) if counts[:, z].any() and not (enough[z] and table[z] > 0)],
+    )
     for paths in arguments.test_structures:
         counts, volumes = counts_and_volumes(paths)
         known = (counts[:, ~(enough & (table > 0))] == 0).all(1)
