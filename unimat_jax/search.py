@@ -27,6 +27,7 @@ from unimat_jax.errors import UserError
 from unimat_jax.evaluation.entries import read_entries
 from unimat_jax.search_compositions import Composition, compositions
 from unimat_jax.stability.assessment import assess
+from unimat_jax.stability.command import keyword_arguments
 from unimat_jax.stability.engines import ENGINES, SCALES, EnergyModel, energy_model
 from unimat_jax.stability.random_search import random_search, require
 from unimat_jax.stability.random_structures import GENERATORS
@@ -43,8 +44,8 @@ def parser() -> Parser:
     p = Parser(prog="unimat search", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--formula", "--formulas", help="SrTiO3,Ti2O4: the atoms of a cell, as written")
     p.add_argument("--compositions_from", metavar="PATH", help="crystal files: the atoms of each structure's cell")
-    p.add_argument("--not_in", nargs="+", default=[], metavar="PATH", help="crystal files: leaves out every composition "
-                   "that they have in any arrangement, as the training set's")  # fmt: skip
+    p.add_argument("--not_in", nargs="+", default=[], metavar="PATH", help="crystal files, as the training set: leaves "
+                   "out every composition that they have in any arrangement")  # fmt: skip
     p.add_argument("--num_compositions", type=int, help="that many of --compositions_from, drawn by --seed")
     p.add_argument("--candidates", type=int, default=10, help="of each composition, by each method")
     p.add_argument("--seed", type=int, default=0)
@@ -54,11 +55,12 @@ def parser() -> Parser:
                    help="relaxation by soft spheres before the potential: in a fixed or variable cell")  # fmt: skip
     p.add_argument("--max_soft_calls", type=int, default=20, help="force calls of it; they count in --max_force_calls")
     p.add_argument("--output_dir", required=True, type=Path)
-    p.add_argument("--checkpoint", help="the model to compare with: a training run's --workdir, or an exported model")
+    p.add_argument("--checkpoint", help="the model: a training run's --workdir or an exported one")
     p.add_argument("--num_steps", type=int, help="of the model's sampler; default: the checkpoint's")
     p.add_argument("--method", help="of the model's sampler; default: the checkpoint's")
     p.add_argument("--energy_model", metavar="NAME",
                    help=f"{', '.join(ENGINES)}, or an ASE calculator, as of unimat stability")  # fmt: skip
+    p.add_argument("--energy_model_kwargs", default="{}", metavar="JSON", help="as of unimat stability")
     p.add_argument("--energy_scale", choices=SCALES, help="as of unimat stability")
     p.add_argument("--relax_known", action="store_true", help="relax the structures of --compositions_from too: the "
                    "energies to reach")  # fmt: skip
@@ -183,7 +185,7 @@ def read_candidates(directory: Path) -> tuple[list[dict[str, Any]], dict[str, Cr
 
 def _plan(arguments: argparse.Namespace, wanted: Sequence[Composition], model: EnergyModel | None) -> dict[str, Any]:
     """What decides the result: a run goes on only with the same."""
-    left_out = ("resume", "overwrite", "output_dir", "num_workers", "timeout_s", "energy_model")
+    left_out = ("resume", "overwrite", "output_dir", "num_workers", "timeout_s", "energy_model", "energy_model_kwargs")
     settings = {name: value for name, value in vars(arguments).items() if name not in left_out}
     identity = None if model is None else json.loads(model.identity)
     return {**settings, "energy_model": identity, "compositions": [[c.formula, c.uid] for c in wanted]}
@@ -229,7 +231,10 @@ def _check(arguments: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse(sys.argv[1:] if argv is None else argv)
     _check(arguments)
-    model = energy_model(arguments.energy_model, scale=arguments.energy_scale) if arguments.energy_model else None
+    model = None
+    if arguments.energy_model:
+        kwargs = keyword_arguments(arguments.energy_model_kwargs)
+        model = energy_model(arguments.energy_model, kwargs=kwargs, scale=arguments.energy_scale)
     wanted = compositions(
         arguments.formula, arguments.compositions_from, not_in=arguments.not_in, number=arguments.num_compositions,
         seed=arguments.seed,

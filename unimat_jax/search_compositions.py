@@ -41,8 +41,8 @@ def compositions(
     number: int | None = None,
     seed: int = 0,
 ) -> list[Composition]:
-    """Of formulas ("SrTiO3,Ti2O4") or of crystal files, the first cell of each reduced composition; without those of the
-    crystal files `not_in`; `number` of them, drawn by `seed`. Raises UserError."""
+    """Of formulas ("SrTiO3,Ti2O4") or of crystal files, the first cell of each reduced composition, without those that
+    the crystal files `not_in` have; `number` of them, drawn by `seed`. Raises UserError."""
     if bool(formulas) == bool(structures):
         raise UserError("give --formula or --compositions_from, one of them")
     if formulas:

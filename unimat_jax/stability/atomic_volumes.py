@@ -1,8 +1,8 @@
-"""How much volume a cell takes by its composition alone: the sum of what an atom of each element takes in known crystals.
+"""The volume of a cell by its composition alone: the sum of what an atom of each element takes in known crystals.
 
-Fitted by `python -m benchmarks.atomic_volumes` to the crystals of MP-20's training split (Materials Project, CC BY 4.0).
-Of its validation split, the middle 80 % have 0.90 to 1.17 times the estimate; of Perov-5, 0.88 to 1.24; dense carbon
-(Carbon-24) has 0.75.
+Fitted by `python -m benchmarks.atomic_volumes` to the crystals of MP-20's training split (Materials Project, CC BY
+4.0). Of its validation split, the middle 80 % have 0.90 to 1.17 times the estimate; of Perov-5's training split, 0.88
+to 1.24; dense carbon (Carbon-24) has 0.75.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ VOLUMES = {
 
 
 def estimated_volume(counts: Mapping[int, int]) -> float:
-    """Cubic Angstrom of a cell with so many atoms of each element (atomic number). Raises CrystalError (`no_volume`)."""
+    """A^3 of a cell with so many atoms of each element (atomic number). Raises CrystalError (`no_volume`)."""
     unknown = [SYMBOLS[z] for z in counts if SYMBOLS[z] not in VOLUMES]
     if unknown:
         raise CrystalError(

@@ -32,10 +32,10 @@ def random_search(
     timeout_s: float = 600.0,
 ) -> dict[str, Any]:
     """Writes `candidates` structures of each composition (counts by atomic number, uid of a known crystal or "") into
-    `output_dir`, crystals and manifest, and returns what it took: attempts, their failures by reason, processor seconds.
+    `output_dir`, crystals and manifest, and returns what it took: attempts, failures by reason, processor seconds.
 
-    Raises UserError where what makes them is not installed. What fails has a status: `no_random_structure`, `no_volume`,
-    `timeout` and the pool's others.
+    Raises UserError where what makes them is not installed. What fails has a status: `no_random_structure`,
+    `no_volume`, `timeout` and the pool's others.
     """
     require(generator)
     tasks, references = [], []

@@ -8,11 +8,12 @@ makes the latter, pyxtal the others. Soft spheres then push the atoms apart, in 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 import warnings
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -57,9 +58,10 @@ class Draw:
 
 @dataclasses.dataclass(frozen=True)
 class Drawn:
-    """crystal: None where no attempt succeeded. operations: symmetry operations that it was made with, 1 where the asked
-    ones fit in no attempt; space_group: that was drawn (0: by buildcell); volume_fraction: of the estimate, before soft
-    spheres moved the cell; failures: attempts by reason. cpu_seconds: of all attempts, soft_cpu_seconds: after them."""
+    """crystal: None where no attempt succeeded. operations: symmetry operations that it has, 1 where the asked ones
+    fit in no attempt; space_group: that was drawn (0: by buildcell); volume_fraction: of the estimate, before
+    soft spheres moved the cell; failures: attempts by reason. cpu_seconds: of all attempts, soft_cpu_seconds: after
+    them."""
 
     crystal: Crystal | None
     asked_operations: int
@@ -147,12 +149,21 @@ def _without(counts: Mapping[int, int], volume: float, closest: Distances, rng: 
     bounds |= {name: list(ANGLES) for name in ("alpha", "beta", "gamma")}
     make = StartGenerator(
         Atoms(pbc=True), list(counts.items()), dict(closest), number_of_variable_cell_vectors=3, box_volume=volume,
-        box_to_place_in=[np.zeros(3), np.zeros((3, 3))], cellbounds=CellBounds(bounds), test_too_far=False, rng=rng,
+        box_to_place_in=[np.zeros(3), np.zeros((3, 3))], cellbounds=CellBounds(bounds), test_too_far=False,
+        rng=cast(Any, rng),  # annotated as numpy.random itself; draws by methods that a Generator has too
     )  # fmt: skip
     atoms: Any = make.get_new_candidate(maxiter=PLACEMENTS)
     if atoms is None:
         raise CrystalError("no_room", f"no random positions in {volume:.1f} A^3 keep their distances")
     return Crystal.from_ase(atoms)
+
+
+@functools.cache
+def _tolerances() -> Any:
+    """pyxtal's own, of which it would make another each time: milliseconds."""
+    from pyxtal.tolerance import Tol_matrix
+
+    return Tol_matrix(prototype="atomic")
 
 
 def _symmetric(counts: Mapping[int, int], group: int, volume: float, rng: np.random.Generator) -> Crystal:
@@ -166,7 +177,7 @@ def _symmetric(counts: Mapping[int, int], group: int, volume: float, rng: np.ran
             warnings.simplefilter("ignore")  # that it tries other volumes
             crystal.from_random(
                 3, group, [SYMBOLS[z] for z in counts], list(counts.values()), conventional=False, max_count=1,
-                random_state=rng,
+                tm=_tolerances(), random_state=rng,
             )  # fmt: skip
     except Comp_CompatibilityError as error:
         raise CrystalError("composition_does_not_fit_group", str(error)) from error

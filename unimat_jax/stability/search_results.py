@@ -33,8 +33,8 @@ def candidate_row(
 ) -> dict[str, Any]:
     """A candidate's row, from its row in the manifest and that of its relaxation, None where it was not made.
 
-    place: number of the composition, of the candidate, and the composition's reduced formula. generation_seconds: of the
-    processor, soft spheres left out. force_calls: soft spheres included.
+    place: number of the composition, of the candidate, and the composition's reduced formula. generation_seconds: of
+    the processor, soft spheres left out. force_calls: soft spheres included.
     """
     composition, candidate, formula = place
     soft = made.get("soft_calls", 0)
@@ -49,7 +49,7 @@ def candidate_row(
 
 
 def best_energies(rows: Sequence[Row], number: int | None = None) -> dict[int, float]:
-    """eV/atom of the lowest converged of the first `number` candidates, by composition; without those that have none."""
+    """eV/atom of the lowest converged of the first `number` candidates by composition, where there is one."""
     result: dict[int, float] = {}
     for row in rows:
         early = number is None or row["candidate"] < number
@@ -132,9 +132,9 @@ def curves(
 ) -> dict[str, list[dict[str, Any]]]:
     """By method, for the first 1, 2, ... candidates of each composition.
 
-    force_calls and cpu_seconds: spent on a composition so far, on making, soft spheres and relaxing; found: share of the
+    force_calls and cpu_seconds: spent on a composition so far, on making, soft spheres and relaxing; found: share of
     compositions with a converged candidate; solved: with one within NEAR of the lowest of both methods in the end;
-    above_lowest: how far the best is above that lowest, eV/atom, over the compositions that have one.
+    above_lowest: of the best above that lowest, eV/atom, over the compositions that have one.
     """
     bests = [best_energies(part) for part in rows.values()]
     lowest = {i: min(best.get(i, math.inf) for best in bests) for i in range(num_compositions)}
