@@ -61,6 +61,8 @@ ORDER = [
     "unimat_jax.train",
     "unimat_jax.generator",
     "unimat_jax.generate",
+    "unimat_jax.search_compositions",
+    "unimat_jax.search",
     "unimat_jax.model_card",
     "unimat_jax.export",
     "unimat_jax.main",

@@ -22,6 +22,7 @@ VERBS = {
     "evaluate": ("unimat_jax.evaluate", "metrics of any crystals against real ones, a report to look at"),
     "stability": ("unimat_jax.stability.command", "relaxes crystals: formation energies, distances to the convex hull"),
     "vasp": ("unimat_jax.stability.vasp.command", "crystals -> VASP input sets; finished VASP runs -> the same table"),
+    "search": ("unimat_jax.search", "random structures of any composition, alone or against a model's"),
     "check": ("unimat_jax.evaluation.validity", "structure and composition validity of any crystal files"),
     "doctor": ("unimat_jax.doctor.command", "looks at this machine and installation, and says what to do"),
 }
