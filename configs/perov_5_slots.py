@@ -17,6 +17,7 @@ def get_config():
     config.data.table = "data"  # 6 x 17 of 9 x 18
     config.data.random_shift = False  # the network sees differences of coordinates alone
     config.data.shuffle_atoms = False  # and does not know one atom of an element from another
+    config.composition.width = 64  # for samples without a formula
     config.optimizer.learning_rate = 1e-3
     config.optimizer.schedule = "cosine"
     config.optimizer.warmup_steps = 200

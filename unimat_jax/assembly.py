@@ -133,7 +133,7 @@ def assemble(config: Any, spec: UniMatSpec, schema: Sequence[Mapping[str, Any]],
     composition = create_composition(config.composition, spec)
     optimizer = make_optimizer(schedule, b1=o.b1, b2=o.b2, weight_decay=o.weight_decay, grad_clip=o.grad_clip)
     if composition is not None:  # each with its own clip: neither feels the other
-        parts = {"network": optimizer, COMPOSITION: optimizer}
+        parts: dict[Any, Any] = {"network": optimizer, COMPOSITION: optimizer}
         optimizer = optax.partition(parts, lambda tree: {k: k if k == COMPOSITION else "network" for k in tree})
     init_key = jax.random.fold_in(jax.random.key(config.train.seed), 0)
 
@@ -203,8 +203,8 @@ def sampler_program(objective: Objective, mesh: Any, *, params_sharding: Any = N
 
 
 def composition_program(composition: CompositionModel, mesh: Any, **settings: Any) -> Any:
-    """Jitted (parameters of COMPOSITION, key, arrays of `composition.conditions` and `indices`) -> counts [B, H, W], the
-    batch over all devices of the mesh. settings: of `composition.sample`."""
+    """Jitted (parameters of COMPOSITION, key, arrays of `composition.conditions` and `indices`) -> counts [B, H, W],
+    the batch over all devices of the mesh. settings: of `composition.sample`."""
     everywhere, by_batch = sharding.replicated(mesh), sharding.batch_sharding(mesh)
     run = functools.partial(composition.sample, **settings)
     return jax.jit(run, in_shardings=(everywhere, everywhere, by_batch), out_shardings=by_batch)

@@ -71,9 +71,9 @@ class CompositionModel:
         return jax.nn.log_softmax(jnp.where(possible, logits, IMPOSSIBLE))
 
     def losses(self, params: Any, batch: Mapping[str, jax.Array], key: jax.Array, train: bool) -> jax.Array:
-        """Negative log-likelihoods [B] (nats) of the examples' compositions, or a little above: exact on average
-        where the network gives all orders of the elements the same probability. One place in a random order, and one of the counts,
-        stand for all."""
+        """Negative log-likelihoods [B] (nats) of the examples' compositions on average over keys, or a little above:
+        exact where the network gives all orders of the elements the same probability. One place in a random order, and
+        one of the counts, stand for all of them."""
         order_key, element_key, count_key, *dropout_keys = jax.random.split(key, 6)
 
         def options(i: int) -> dict[str, Any]:
@@ -125,8 +125,8 @@ class CompositionModel:
         possible = (number >= max(low, asked.start)) & (number < min(high + 1, asked.stop))
         if not possible.any():
             raise UserError(
-                f"{request.asked}: no such number of atoms can be: {fewest or 1} elements at least, {elements} at most, "
-                f"and the model holds at most {limit} atoms of an element and {largest} in all"
+                f"{request.asked}: no such number of atoms can be: {fewest or 1} elements at least, {elements} at "
+                f"most, and the model holds at most {limit} atoms of an element and {largest} in all"
             )
         return possible
 

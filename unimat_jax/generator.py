@@ -131,8 +131,9 @@ class Generator:
             return formula_requests(formulas, units, num_samples, seed, self.spec)
         sizes = None if num_atoms is None else parse_range(num_atoms, "num_atoms")
         requests = [Request("none", num_atoms=sizes)] * num_samples
-        for kind in given:
-            requests = element_requests(kind, texts[kind], num_samples, self.spec, sizes)
+        for kind, text in texts.items():
+            if text is not None:
+                requests = element_requests(kind, text, num_samples, self.spec, sizes)
         if self._composition is None:  # what the model cannot be asked ends here
             self._objective.conditions(requests[:1], *self.properties({}))
         else:
@@ -180,7 +181,8 @@ class Generator:
         key = jax.random.fold_in(jax.random.key(seed), 1)
         for first in range(start - start % size, len(requests), size):
             indices = np.arange(first, first + size, dtype=np.int32)
-            part = self._composed([requests[min(i, len(requests) - 1)] for i in indices], indices, seed)
+            part = [requests[min(i, len(requests) - 1)] for i in range(first, first + size)]
+            part = self._composed(part, indices, seed)
             arrays = self._objective.conditions(part, values, given) | {"indices": indices}
             placed = sharding.whole_to_devices(arrays, sharding.batch_sharding(self._mesh))
             x, lattice = (sharding.to_host(a) for a in run(self.params, key, placed))

@@ -104,9 +104,9 @@ class SlotDiffusion:
         for request in requests:
             if not request.counts:
                 raise UserError(
-                    f"{request.asked or 'no composition'}: this checkpoint's model (slots) places the atoms of an exact "
-                    "composition, and has no model of compositions (config.composition.width) beside it: give --formula "
-                    "or --compositions_from, or take a checkpoint that has one, or one of unet3d"
+                    f"{request.asked or 'no composition'}: this checkpoint's model (slots) places the atoms of an "
+                    "exact composition, and no model of compositions (config.composition.width) lies beside it: give "
+                    "--formula or --compositions_from, or take a checkpoint with one, or one of unet3d"
                 )
         places = self.spec.num_slots // self.spec.max_atoms_per_element
         rows = []

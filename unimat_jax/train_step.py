@@ -145,13 +145,11 @@ def eval_step(
         losses = objective.losses(params, batch, key, times, train=False)
         return jnp.stack([(loss * weight).sum() for loss in losses])
 
-    def draw(i):
-        losses = composition.losses(params[COMPOSITION], batch, jax.random.fold_in(key, i), train=False)
-        return (losses * weight).sum(keepdims=True)
-
     sums = jax.lax.map(at, jnp.array(EVAL_TIMES))
     if composition is not None:
-        sums = jnp.concatenate([sums, jax.lax.map(draw, jnp.arange(len(EVAL_TIMES)))], 1)
+        keys = jax.random.split(key, len(EVAL_TIMES))
+        nats = jax.lax.map(lambda k: composition.losses(params[COMPOSITION], batch, k, train=False), keys)
+        sums = jnp.concatenate([sums, (nats * weight).sum(1, keepdims=True)], 1)
     return jnp.concatenate([sums, jnp.full((1, sums.shape[1]), weight.sum())])
 
 
