@@ -33,7 +33,7 @@ from unimat_jax.export import CARD, export
 from unimat_jax.main import config_path, load_config
 from unimat_jax.model_card import model_card
 from unimat_jax.representation import UniMatSpec
-from unimat_jax.requests import Request, counts_of_table
+from unimat_jax.requests import Request, count_table, counts_of_table
 from unimat_jax.train_state import apply_gradients, create_state, make_optimizer, make_schedule
 from unimat_jax.train_step import COMPOSITION
 
@@ -41,8 +41,8 @@ DRAWN_AT_A_TIME = 1000
 """Compositions."""
 
 
-def train(model: CompositionModel, config: Any, batches: data.BatchMaker, held_out: list, num_steps: int) -> Any:
-    """(averaged and raw parameters, training seconds, loss on the held-out batches)."""
+def train(model: CompositionModel, config: Any, batches: data.BatchMaker, num_steps: int) -> tuple[Any, float]:
+    """(averaged and raw parameters, seconds)."""
     o = config.optimizer
     schedule = make_schedule(
         num_steps=num_steps, learning_rate=o.learning_rate, schedule=o.schedule, warmup_steps=o.warmup_steps,
@@ -59,18 +59,43 @@ def train(model: CompositionModel, config: Any, batches: data.BatchMaker, held_o
 
         return apply_gradients(state, jax.grad(loss)(state.params), optimizer, o.ema_decay)
 
-    @jax.jit
-    def evaluated(params, slot):
-        keys = jax.random.split(key, 8)
-        return jax.lax.map(lambda k: model.losses(params, {"slot": slot}, k, train=False), keys).mean(0)
-
     begin = time.monotonic()
     for i in range(num_steps):
         state = step(state, batches(i)["slot"])
     jax.block_until_ready(state)
     seconds = time.monotonic() - begin
-    losses = [np.asarray(evaluated(state.ema_params, batch["slot"]))[batch["weight"] > 0] for batch in held_out]
-    return {"ema": state.ema_params, "raw": state.params}, seconds, float(np.concatenate(losses).mean())
+    return {"ema": state.ema_params, "raw": state.params}, seconds
+
+
+def log_likelihoods(model: CompositionModel, params: Any, tables: np.ndarray) -> np.ndarray:
+    """Exact, of counts [B, P] (nats): the sum over all orders of the elements, through all of their subsets."""
+    next_of, count_of, result = jax.jit(model.element_logits), jax.jit(model.count_logits), np.zeros(len(tables))
+    sizes = np.asarray(model.size_logits(params))
+    for k in np.unique((tables > 0).sum(1)):
+        rows = np.flatnonzero((tables > 0).sum(1) == k)
+        counts = tables[rows]
+        elements = np.argsort(counts == 0, 1, kind="stable")[:, :k]
+        number, each = counts.sum(1), np.arange(len(rows))
+        reached = np.full((len(rows), 2**k), -np.inf)
+        reached[:, 0] = 0.0
+        for subset in range(2**k):
+            chosen = np.zeros(counts.shape, bool)
+            inside = [i for i in range(k) if subset >> i & 1]
+            chosen[each[:, None], elements[:, inside]] = True
+            logits = np.asarray(next_of(params, chosen, number), np.float64)
+            for i in set(range(k)) - set(inside):
+                after = subset | 1 << i
+                step = reached[:, subset] + logits[each, elements[:, i]]
+                reached[:, after] = np.logaddexp(reached[:, after], step)
+        total = sizes[number - 1] + reached[:, -1] + logits[:, -1]
+        known = np.zeros_like(counts)
+        for i in range(k):
+            asked = count_of(params, counts > 0, known, number, elements[:, i])
+            answer = counts[each, elements[:, i]]
+            total = total + np.asarray(asked, np.float64)[each, answer - 1]
+            known[each, elements[:, i]] = answer
+        result[rows] = total
+    return result
 
 
 def draw(model: CompositionModel, params: Any, number: int, seed: int) -> tuple[list[dict[int, int]], float]:
@@ -89,9 +114,14 @@ def draw(model: CompositionModel, params: Any, number: int, seed: int) -> tuple[
 
 
 def compositions_of(source: data.RecordSource, spec: UniMatSpec) -> list[dict[int, int]]:
-    numbers = data.ATOMIC_NUMBERS
-    records = (r["slots"] for r in source.read(range(len(source))))
-    return [dict(Counter(numbers[slots[:, 1], slots[:, 2]].tolist())) for slots in records]
+    """Of the crystals that the spec can hold."""
+    records = (r for r in source.read(range(len(source))) if data.fits(r, spec))
+    return [dict(Counter(data.ATOMIC_NUMBERS[r["slots"][:, 1], r["slots"][:, 2]].tolist())) for r in records]
+
+
+def tables_of(compositions: list[dict[int, int]], spec: UniMatSpec) -> np.ndarray:
+    """Counts [B, P]."""
+    return np.stack([count_table(Request("formula", counts=c), spec).ravel() for c in compositions])
 
 
 def measure(drawn: list, train_set: list, validation: list) -> dict[str, Any]:
@@ -176,16 +206,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     source, held_out = (data.RecordSource(directory, split) for split in ("train", "validation"))
     size = config.train.batch_size
     none = dict.fromkeys(("shuffle_atoms", "random_shift", "random_axes"), False)
-    options: dict[str, Any] = {"batch_size": size, "seed": config.train.seed, "augmentation": none}
-    makers = [data.BatchMaker(split, spec, **options) for split in (source, held_out)]
-    batches, left_out = data.evaluation_batches(makers[1], held_out, spec, num_examples=len(held_out), batch_size=size)
-    params, seconds, loss = train(model, config, makers[0], batches, a.num_steps)
+    maker = data.BatchMaker(source, spec, batch_size=size, seed=config.train.seed, augmentation=none)
+    params, seconds = train(model, config, maker, a.num_steps)
     drawn, draw_seconds = draw(model, params["ema"], a.num_samples, a.seed)
-    splits = compositions_of(source, spec), compositions_of(held_out, spec)
+    splits = [compositions_of(split, spec) for split in (source, held_out)]
+    losses = [-log_likelihoods(model, params["ema"], tables_of(split, spec)).mean() for split in splits]
     result = {
         "config": a.config, "composition": settings, "num_steps": a.num_steps, "batch_size": size,
         "num_params": sum(leaf.size for leaf in jax.tree.leaves(params["ema"])), "train_seconds": seconds,
-        "validation_loss": loss, "validation_left_out": left_out, "num_samples": len(drawn), "seed": a.seed,
+        "nats": dict(zip(("train", "validation"), losses, strict=True)), "num_samples": len(drawn), "seed": a.seed,
         "draw_seconds": draw_seconds, **measure(drawn, *splits),
         "machine": machine(), "commit": commit(),
     }  # fmt: skip

@@ -7,6 +7,7 @@ import json
 import math
 import shutil
 from collections import Counter
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -133,6 +134,16 @@ def distance(samples, expected):
 @pytest.mark.parametrize("which", [wild, learned])
 def test_probabilities_add_up_to_one(which):
     assert sum(probabilities(*which()).values()) == pytest.approx(1, abs=1e-4)
+
+
+def test_the_benchmarks_likelihoods_are_these(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1]))
+    from benchmarks.compositions import log_likelihoods
+
+    model, params = wild()
+    exact = {name: p for name, p in probabilities(model, params).items() if content(name)[1] > 3}
+    found = log_likelihoods(model, params, np.stack([table_of(name) for name in exact]))
+    np.testing.assert_allclose(found, np.log(list(exact.values())), rtol=1e-4)
 
 
 def test_it_learns_a_distribution():

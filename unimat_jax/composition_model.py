@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from unimat_jax.diffusion import antithetic_times
 from unimat_jax.errors import UserError
 from unimat_jax.representation import UniMatSpec
 from unimat_jax.requests import Request, element_table
@@ -85,7 +86,7 @@ class CompositionModel:
         size = -jnp.take(self.size_logits(params, **options(0)), num_atoms - 1)
 
         def one_of(key: jax.Array, n: jax.Array) -> jax.Array:
-            return jnp.minimum((jax.random.uniform(key, n.shape) * n).astype(jnp.int32), n - 1)
+            return jnp.minimum((antithetic_times(key, len(n)) * n).astype(jnp.int32), n - 1)
 
         shuffled = jnp.where(present, jax.random.uniform(order_key, present.shape), 2.0)
         rank = shuffled.argsort(1).argsort(1)
