@@ -97,14 +97,12 @@ class CompositionModel:
         target = jnp.concatenate([rest / jnp.maximum(rest.sum(1), 1)[:, None], (taken == number)[:, None]], 1)
         elements = -(number + 1) * (target * logits).sum(1) - jax.lax.lgamma(number + 1.0)
 
-        before = jnp.cumsum(present, 1) - present
-        open_ = jnp.maximum(number - 1, 1)  # the last count is what the others leave
-        turn = one_of(count_key, open_)
-        query = (present & (before == turn[:, None])).argmax(1)
-        known = jnp.where(before < turn[:, None], counts, 0)
-        logits = self.count_logits(params, present, known, num_atoms, query, **options(2))
+        turns = jnp.maximum(number - 1, 1)  # the last count is what the others leave
+        turn, before = one_of(count_key, turns)[:, None], jnp.cumsum(present, 1) - present
+        query = (present & (before == turn)).argmax(1)
+        logits = self.count_logits(params, present, jnp.where(before < turn, counts, 0), num_atoms, query, **options(2))
         answer = jnp.take_along_axis(counts, query[:, None], 1) - 1
-        return size + elements - open_ * jnp.take_along_axis(logits, answer, 1)[:, 0]
+        return size + elements - turns * jnp.take_along_axis(logits, answer, 1)[:, 0]
 
     def conditions(self, requests: Sequence[Request]) -> dict[str, np.ndarray]:
         """Arrays of a batch of requests: elements `required` and `allowed`, bool [B, P], and possible `sizes`, bool
