@@ -205,7 +205,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"--width={a.width}: give a whole number above 0")
     source, held_out = (data.RecordSource(directory, split) for split in ("train", "validation"))
     size = config.train.batch_size
-    none = dict.fromkeys(("shuffle_atoms", "random_shift", "random_axes"), False)
+    none: dict[str, Any] = dict.fromkeys(("shuffle_atoms", "random_shift", "random_axes"), False)
     maker = data.BatchMaker(source, spec, batch_size=size, seed=config.train.seed, augmentation=none)
     params, seconds = train(model, config, maker, a.num_steps)
     drawn, draw_seconds = draw(model, params["ema"], a.num_samples, a.seed)
