@@ -43,6 +43,7 @@ ORDER = [
     "unimat_jax.sampler",
     "unimat_jax.tensor_diffusion",
     "unimat_jax.slot_diffusion",
+    "unimat_jax.composition_model",
     "unimat_jax.sharding",
     "unimat_jax.train_state",
     "unimat_jax.train_step",

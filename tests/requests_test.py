@@ -15,12 +15,13 @@ from unimat_jax.requests import (
     Request,
     check_fits,
     count_table,
+    counts_of_table,
     element_requests,
     element_table,
     formula_requests,
     parse_elements,
     parse_formula,
-    parse_units,
+    parse_range,
 )
 
 SPEC = UniMatSpec(max_atoms_per_element=6, max_atoms=20, table=Table.of_elements(["Sr", "Ti", "O", "Ba", "Ca", "H"]))
@@ -78,10 +79,15 @@ def test_what_is_written_is_read(atoms, factor):
 
 
 def test_units():
-    assert list(parse_units("2")) == [2] and list(parse_units(" 1-4 ")) == [1, 2, 3, 4]
+    assert list(parse_range("2", "num_formula_units")) == [2] and list(parse_range(" 1-4 ", "num_atoms")) == [
+        1,
+        2,
+        3,
+        4,
+    ]
     for bad in ("0", "3-1", "0-2", "a", "1-", "-1", "1.5", ""):
-        with pytest.raises(UserError, match=rf"--num_formula_units={bad}: write a number or a range"):
-            parse_units(bad)
+        with pytest.raises(UserError, match=rf"--num_atoms={bad}: write a number or a range"):
+            parse_range(bad, "num_atoms")
 
 
 def test_elements():
@@ -132,5 +138,8 @@ def test_tables_of_a_request():
     (system,) = element_requests("chemical_system", "Ca-O", 1, SPEC)
     assert sorted(numbers[element_table(system, SPEC) > 0]) == [8, 20] and not count_table(system, SPEC).any()
     assert system.to_json() == {"chemical_system": "Ca-O"} and system.elements == (8, 20)
+    (salt,) = element_requests("contains", "O", 1, SPEC, range(2, 9))
+    assert salt.to_json() == {"contains": "O", "num_atoms": "2-8"} and salt.asked == "--contains=O --num_atoms=2-8"
+    assert counts_of_table(counts, SPEC) == request.counts
     assert Request("none").to_json() == {} and not element_table(Request("none"), SPEC).any()
     assert atomic_number("Ca") == 20

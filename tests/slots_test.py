@@ -328,7 +328,7 @@ def test_a_sample_depends_on_its_index_and_not_on_its_neighbours_or_padding():
     ("request_", "said"),
     [
         (Request("none"), "no composition.*--formula"),
-        (Request("chemical_system", "Sr-O", elements=(8, 38)), "--chemical_system=Sr-O.*unet3d"),
+        (Request("chemical_system", "Sr-O", elements=(8, 38)), "--chemical_system=Sr-O.*config.composition.width"),
         (Request("elements", "Sr,O", elements=(8, 38)), "--elements=Sr,O.*--compositions_from"),
     ],
 )

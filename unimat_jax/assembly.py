@@ -16,12 +16,13 @@ import numpy as np
 import optax
 
 from unimat_jax import models, sharding
+from unimat_jax.composition_model import CompositionModel
 from unimat_jax.errors import UserError
 from unimat_jax.representation import UniMatSpec
 from unimat_jax.slot_diffusion import SlotDiffusion
 from unimat_jax.tensor_diffusion import TensorDiffusion
 from unimat_jax.train_state import create_state, make_optimizer, make_schedule
-from unimat_jax.train_step import Objective, eval_step, train_step
+from unimat_jax.train_step import COMPOSITION, Objective, eval_step, train_step
 
 FAMILIES: dict[str, Any] = {"unet3d": TensorDiffusion, "slots": SlotDiffusion}
 """What the networks of each name learn (`train_step.Objective`): the one place where model families differ."""
@@ -39,6 +40,26 @@ def create_objective(model: Mapping[str, Any], diffusion: Mapping[str, Any], spe
         return FAMILIES[model["name"]](network.apply, spec, **diffusion)
     except TypeError as error:
         raise UserError(f"config.diffusion: {error}") from error
+
+
+def create_composition(settings: Mapping[str, Any], spec: UniMatSpec) -> CompositionModel | None:
+    """The model of compositions of the fields of config.composition; None where its width is 0, or without fields.
+    Raises UserError for fields that cannot be."""
+    if not settings.get("width"):
+        return None
+    network = models.create_composition(spec.max_atoms_per_element, spec.max_atoms, **settings)
+    return CompositionModel(network, spec)
+
+
+def init_params(
+    key: jax.Array, network: Any, arguments: tuple[Any, ...], composition: CompositionModel | None = None
+) -> Any:
+    """Initial parameters: the network's, and in the entry COMPOSITION those of the model of compositions."""
+    params = network.init(key, *arguments)["params"]
+    if composition is None:
+        return params
+    extra = composition.network.init(jax.random.fold_in(key, 1), *composition.init_arguments())
+    return {**params, COMPOSITION: extra["params"]}
 
 
 def init_arguments(spec: UniMatSpec, num_properties: int, name: str = "unet3d") -> tuple[Any, ...]:
@@ -74,6 +95,7 @@ class Assembly:
 
     network: Any
     objective: Objective
+    composition: CompositionModel | None
     schedule: optax.Schedule
     init: Callable[[], Any]
     shapes: Any
@@ -108,11 +130,15 @@ def assemble(config: Any, spec: UniMatSpec, schema: Sequence[Mapping[str, Any]],
         warmup_steps=o.warmup_steps,
         final_factor=o.final_factor,
     )
+    composition = create_composition(config.composition, spec)
     optimizer = make_optimizer(schedule, b1=o.b1, b2=o.b2, weight_decay=o.weight_decay, grad_clip=o.grad_clip)
+    if composition is not None:  # each with its own clip: neither feels the other
+        parts: dict[Any, Any] = {"network": optimizer, COMPOSITION: optimizer}
+        optimizer = optax.partition(parts, lambda tree: {k: k if k == COMPOSITION else "network" for k in tree})
     init_key = jax.random.fold_in(jax.random.key(config.train.seed), 0)
 
     def init():
-        return create_state(lambda: network.init(init_key, *arguments)["params"], optimizer)
+        return create_state(lambda: init_params(init_key, network, arguments, composition), optimizer)
 
     shapes = jax.eval_shape(init)
     shardings = sharding.fsdp_sharding(mesh, shapes)
@@ -126,10 +152,12 @@ def assemble(config: Any, spec: UniMatSpec, schema: Sequence[Mapping[str, Any]],
         ema_decay=o.ema_decay,
         microbatches=config.train.microbatches,
         unroll=platform == "cpu",
+        composition=composition,
     )
     return Assembly(
         network=network,
         objective=objective,
+        composition=composition,
         schedule=schedule,
         init=jax.jit(init, out_shardings=shardings),
         shapes=shapes,
@@ -142,7 +170,7 @@ def assemble(config: Any, spec: UniMatSpec, schema: Sequence[Mapping[str, Any]],
             compiler_options=compiler_options(platform),
         ),
         eval_step=jax.jit(
-            functools.partial(eval_step, objective=objective),
+            functools.partial(eval_step, objective=objective, composition=composition),
             in_shardings=(shardings.ema_params, by_batch, everywhere),
             out_shardings=everywhere,
             compiler_options=compiler_options(platform),
@@ -172,3 +200,11 @@ def sampler_program(objective: Objective, mesh: Any, *, params_sharding: Any = N
     params_sharding = everywhere if params_sharding is None else params_sharding
     shardings = {"in_shardings": (params_sharding, everywhere, by_batch), "out_shardings": by_batch}
     return jax.jit(run, **shardings, compiler_options=compiler_options(mesh.devices.flat[0].platform))
+
+
+def composition_program(composition: CompositionModel, mesh: Any, **settings: Any) -> Any:
+    """Jitted (parameters of COMPOSITION, key, arrays of `composition.conditions` and `indices`) -> counts [B, H, W],
+    the batch over all devices of the mesh. settings: of `composition.sample`."""
+    everywhere, by_batch = sharding.replicated(mesh), sharding.batch_sharding(mesh)
+    run = functools.partial(composition.sample, **settings)
+    return jax.jit(run, in_shardings=(everywhere, everywhere, by_batch), out_shardings=by_batch)

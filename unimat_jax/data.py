@@ -288,7 +288,7 @@ def evaluation_batches(
     if len(source) > num_examples:
         indices = np.sort(_epoch_order(len(source), 0, 0)[:num_examples])
     records = source.read(indices)
-    kept = np.array([_fits(record, spec) for record in records], bool)
+    kept = np.array([fits(record, spec) for record in records], bool)
     indices, left_out = indices[kept], int((~kept).sum())
     batches = []
     for start in range(0, len(indices), batch_size):
@@ -300,7 +300,8 @@ def evaluation_batches(
     return batches, left_out
 
 
-def _fits(record: Mapping[str, np.ndarray], spec: UniMatSpec) -> bool:
+def fits(record: Mapping[str, np.ndarray], spec: UniMatSpec) -> bool:
+    """Whether the spec can hold a record."""
     slots = record["slots"]
     inside = spec.table.place_of[ATOMIC_NUMBERS[slots[:, 1], slots[:, 2]]] >= 0
     return bool(inside.all() and len(slots) <= spec.max_atoms and slots[:, 0].max() < spec.max_atoms_per_element)

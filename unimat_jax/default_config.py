@@ -33,6 +33,11 @@ def get_config(model: str = "unet3d") -> Any:  # a ConfigDict; its fields are un
 
     config.model, config.diffusion = MODELS[model]()
 
+    config.composition = ConfigDict()  # a model of compositions beside it: unconditional samples are what, then where
+    config.composition.width = 0  # of its layers; 0: none
+    config.composition.depth = 2  # residual layers
+    config.composition.dropout_rate = 0.1
+
     config.optimizer = ConfigDict()
     config.optimizer.learning_rate = 1e-4  # (paper)
     config.optimizer.schedule = "constant"  # "cosine", "linear"

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from unimat_jax.generator import Generator, Sample, SamplerSettings
     from unimat_jax.requests import Request
 
+ASKED = ("formula", "chemical_system", "elements", "contains", "num_atoms")
 CIF_ZIP, CONFIG = "generated_crystals_cif.zip", "config.json"
 PACKAGES = ("unimat-jax", "jax", "jaxlib", "flax", "orbax-checkpoint", "numpy", "pymatgen", "ase", "smact", "spglib")
 
@@ -53,6 +54,8 @@ def parser() -> Parser:
     p.add_argument("--num_formula_units", default="1", help="2 or 1-4: formula units in a cell, drawn for each sample")
     p.add_argument("--chemical_system", help="Sr-Ti-O: no other element; a missing one is a status")
     p.add_argument("--elements", help="Sr,Ti,O: any subset of these")
+    p.add_argument("--contains", help="Sr,O: these and perhaps others; takes a checkpoint with a model of compositions")
+    p.add_argument("--num_atoms", help="5 or 2-8: atoms in a cell; takes a checkpoint with a model of compositions")
     p.add_argument("--compositions_from", help="crystal files: the composition of each structure in them")
     p.add_argument("--samples_per_composition", type=int, default=1, help="with --compositions_from")
     p.add_argument("--condition", action="append", default=[], metavar="NAME=VALUE", help="property of the checkpoint")
@@ -237,7 +240,8 @@ def run(
         "checkpoint": str(generator.directory), "checkpoint_step": generator.step,
         "parameters": "ema" if generator.ema else "raw", "parameters_hash": generator.params_hash,
         "num_samples": len(requests), "seed": seed, "condition": dict(condition),
-        "requests": dict(Counter(f"{r.kind} {r.label}".strip() for r in requests)), "requests_hash": _hash(requests),
+        "requests": dict(Counter(" ".join(f"{r.kind} {r.label} {r.size_label}".split()) for r in requests)),
+        "requests_hash": _hash(requests),
         "sampler": {k: v for k, v in dataclasses.asdict(settings).items() if k != "batch_size"},
         "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -269,7 +273,9 @@ def run(
 
 
 def _hash(requests: Sequence[Request]) -> str:
-    texts = (f"{r.kind} {r.label} {sorted(r.counts.items())} {r.elements} {r.reference_uid}" for r in requests)
+    texts = (
+        f"{r.kind} {r.label} {sorted(r.counts.items())} {r.elements} {r.reference_uid}{r.size_label}" for r in requests
+    )
     return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16]
 
 
@@ -288,7 +294,7 @@ def _program(argv: Sequence[str]) -> int:
     generator = Generator(arguments.checkpoint, step=arguments.step, ema=not arguments.raw_params)
     names = ("num_steps", "method", "log_variance_interpolation", "guidance_weight", "batch_size", "time_power")
     settings = generator.settings(**{name: getattr(arguments, name) for name in names})
-    asked = {name: getattr(arguments, name) for name in ("formula", "chemical_system", "elements")}
+    asked = {name: getattr(arguments, name) for name in ASKED}
     if arguments.compositions_from:
         given = [name for name, value in asked.items() if value]
         if given:

@@ -25,10 +25,12 @@ from unimat_jax.representation import DecodeFailure, UniMatSpec, count_slots_at_
 from unimat_jax.requests import (
     Request,
     count_table,
+    counts_of_table,
     element_requests,
     formula_requests,
-    parse_units,
+    parse_range,
 )
+from unimat_jax.train_step import COMPOSITION
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,12 +82,13 @@ class Generator:
         model = self.description["model"]
         network = assembly.create_network(model)
         self._objective = assembly.create_objective(model, self.description["diffusion"], self.spec)
+        self._composition = assembly.create_composition(self.description.get("composition", {}), self.spec)
         self._mesh = sharding.make_mesh()
         # Compiled programs are run: not from where the config of a model that somebody shared says.
         own = "export" not in self.description
         compilation_cache.enable(self.config["train"].get("compilation_cache", "auto") if own else "auto")
         arguments = assembly.init_arguments(self.spec, len(self.condition_schema), model["name"])
-        shapes = jax.eval_shape(lambda: network.init(jax.random.key(0), *arguments)["params"])
+        shapes = jax.eval_shape(lambda: assembly.init_params(jax.random.key(0), network, arguments, self._composition))
         everywhere = sharding.replicated(self._mesh)
         like = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=everywhere), shapes)
         self.params, self.step, self.params_hash = load_params(self.directory, like, step=step, ema=ema)
@@ -105,11 +108,13 @@ class Generator:
         num_formula_units: str = "1",
         chemical_system: str | None = None,
         elements: str | None = None,
+        contains: str | None = None,
+        num_atoms: str | None = None,
         seed: int = 0,
     ) -> list[Request]:
         """One request a sample. Raises UserError for what the model cannot hold, and for two compositions at once."""
-        given = [name for name, value in (("formula", formula), ("chemical_system", chemical_system),
-                                          ("elements", elements)) if value is not None]  # fmt: skip
+        texts = {"chemical_system": chemical_system, "elements": elements, "contains": contains}
+        given = [name for name, value in {"formula": formula, **texts}.items() if value is not None]
         if len(given) > 1:
             raise UserError(f"--{given[0]} and --{given[1]} together: give one of them")
         if num_samples < 1:
@@ -117,15 +122,22 @@ class Generator:
         if formula is None and num_formula_units != "1":
             raise UserError(f"--num_formula_units={num_formula_units}: units of which --formula?")
         if formula is not None:
+            if num_atoms is not None:
+                raise UserError(
+                    f"--formula and --num_atoms={num_atoms} together: give --num_formula_units in its place"
+                )
             formulas = [f.strip() for f in formula.split(",")] if isinstance(formula, str) else list(formula)
-            return formula_requests(formulas, parse_units(num_formula_units), num_samples, seed, self.spec)
-        if chemical_system is not None:
-            requests = element_requests("chemical_system", chemical_system, num_samples, self.spec)
-        elif elements is not None:
-            requests = element_requests("elements", elements, num_samples, self.spec)
+            units = parse_range(num_formula_units, "num_formula_units")
+            return formula_requests(formulas, units, num_samples, seed, self.spec)
+        sizes = None if num_atoms is None else parse_range(num_atoms, "num_atoms")
+        requests = [Request("none", num_atoms=sizes)] * num_samples
+        for kind, text in texts.items():
+            if text is not None:
+                requests = element_requests(kind, text, num_samples, self.spec, sizes)
+        if self._composition is None:  # what the model cannot be asked ends here
+            self._objective.conditions(requests[:1], *self.properties({}))
         else:
-            requests = [Request("none")] * num_samples
-        self._objective.conditions(requests[:1], *self.properties({}))  # what the model cannot be asked ends here
+            self._composition.conditions(requests[:1])
         return requests
 
     def properties(self, condition: Mapping[str, float]) -> tuple[np.ndarray, np.ndarray]:
@@ -156,7 +168,10 @@ class Generator:
         start: int = 0,
     ) -> Iterator[list[Sample]]:
         """Batches of samples start, start + 1, ... of the requests. Sample i depends on seed, i and its request; to the
-        last bit also on its place in its batch, so that a batch that was begun is sampled whole again."""
+        last bit also on its place in its batch, so that a batch that was begun is sampled whole again.
+
+        Where the checkpoint has a model of compositions, it decides first what requests without an exact one become.
+        """
         if start >= len(requests):
             return
         size = min(settings.batch_size, len(requests))
@@ -165,13 +180,34 @@ class Generator:
         run = self._sampler(settings, size)
         key = jax.random.fold_in(jax.random.key(seed), 1)
         for first in range(start - start % size, len(requests), size):
+            indices = np.arange(first, first + size, dtype=np.int32)
             part = [requests[min(i, len(requests) - 1)] for i in range(first, first + size)]
-            arrays = self._objective.conditions(part, values, given)
-            arrays["indices"] = np.arange(first, first + size, dtype=np.int32)
+            part = self._composed(part, indices, seed)
+            arrays = self._objective.conditions(part, values, given) | {"indices": indices}
             placed = sharding.whole_to_devices(arrays, sharding.batch_sharding(self._mesh))
             x, lattice = (sharding.to_host(a) for a in run(self.params, key, placed))
             wanted = range(max(start - first, 0), min(size, len(requests) - first))
             yield [self._sample_of(first + i, part[i], x[i], lattice[i]) for i in wanted]
+
+    def _composed(self, requests: list[Request], indices: np.ndarray, seed: int) -> list[Request]:
+        """The requests with exact counts, where the checkpoint has a model of compositions."""
+        if self._composition is None or all(request.counts for request in requests):
+            return requests
+        arrays = self._composition.conditions(requests) | {"indices": indices}
+        placed = sharding.whole_to_devices(arrays, sharding.batch_sharding(self._mesh))
+        program = self._composition_program(all(request.kind == "none" for request in requests))
+        key = jax.random.fold_in(jax.random.key(seed), 2)
+        tables = sharding.to_host(program(self.params[COMPOSITION], key, placed))
+        return [
+            request if request.counts else dataclasses.replace(request, counts=counts_of_table(table, self.spec))
+            for request, table in zip(requests, tables, strict=True)
+        ]
+
+    @functools.lru_cache(maxsize=2)  # noqa: B019 - as below
+    def _composition_program(self, free: bool) -> Any:
+        settings = {"proposals": 1} if free else {}
+        assert self._composition is not None
+        return assembly.composition_program(self._composition, self._mesh, **settings)
 
     @functools.lru_cache(maxsize=4)  # noqa: B019 - a generator lives as long as its compiled samplers
     def _sampler(self, settings: SamplerSettings, size: int) -> Any:
@@ -181,7 +217,7 @@ class Generator:
 
     def _sample_of(self, index: int, request: Request, x: np.ndarray, lattice: np.ndarray) -> Sample:
         uid = f"gen_{index:06d}"
-        counts = count_table(request, self.spec) if request.kind == "formula" else None
+        counts = count_table(request, self.spec) if request.counts else None
         decoded = decode(x, lattice, self.spec, counts=counts, uid=uid)
         if isinstance(decoded, DecodeFailure):
             return Sample(uid, index, decoded.reason, decoded.message, request, None)

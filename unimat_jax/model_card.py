@@ -119,8 +119,8 @@ def model_card(config: Mapping[str, Any], description: Mapping[str, Any], spec: 
         step=about["step"],
         batch_size=config["train"]["batch_size"],
         prediction_type=diffusion.get("prediction_type", "the score of coordinates on the torus and v of the cell"),
-        conditions=_conditions(diffusion, ", ".join(properties) or "none"),
-        generate=GENERATE["elements_share" in diffusion],
+        conditions=_conditions(description, ", ".join(properties) or "none"),
+        generate=GENERATE["elements_share" in diffusion or composes(description)],
         method=config["sample"]["method"],
         num_steps=config["sample"]["num_steps"],
         ema_hash=about["parameters_hash"]["ema"],
@@ -138,7 +138,15 @@ def model_card(config: Mapping[str, Any], description: Mapping[str, Any], spec: 
     )
 
 
-def _conditions(diffusion: Mapping[str, Any], properties: str) -> str:
+def composes(description: Mapping[str, Any]) -> bool:
+    """Whether a model of compositions lies beside the network."""
+    return bool(description.get("composition", {}).get("width"))
+
+
+def _conditions(description: Mapping[str, Any], properties: str) -> str:
+    diffusion = description["diffusion"]
+    if composes(description):
+        return "exact composition, or what its model of compositions draws: elements, number of atoms, nothing"
     if "elements_share" not in diffusion:
         return "exact composition, always"
     return (

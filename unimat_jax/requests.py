@@ -18,19 +18,38 @@ from unimat_jax.representation import UniMatSpec
 @dataclasses.dataclass(frozen=True)
 class Request:
     """One sample's condition. `counts`: atoms of each element, exact; `elements`: atomic numbers; `kind`: "formula",
-    "chemical_system" (all of the elements and no other), "elements" (any of them) or "none"; `label` as asked."""
+    "chemical_system" (all of the elements and no other), "elements" (any of them), "contains" (all of them, and perhaps
+    others) or "none"; `label` as asked. `num_atoms`: the numbers of atoms in the cell that may be, None: any.
+
+    A model of compositions turns all kinds into `counts`.
+    """
 
     kind: str
     label: str = ""
     counts: Mapping[int, int] = dataclasses.field(default_factory=dict)
     elements: tuple[int, ...] = ()
     reference_uid: str = ""
+    num_atoms: range | None = None
+
+    @property
+    def size_label(self) -> str:
+        """ "", "5" or "2-8"."""
+        if self.num_atoms is None:
+            return ""
+        return f"{self.num_atoms[0]}" + (f"-{self.num_atoms[-1]}" if len(self.num_atoms) > 1 else "")
+
+    @property
+    def asked(self) -> str:
+        """As it stands on a command line, "" where nothing is asked."""
+        flags = [(self.kind, self.label), ("num_atoms", self.size_label)]
+        return " ".join(f"--{name}={value}" for name, value in flags if value)
 
     def to_json(self) -> dict[str, Any]:
         """The condition as it stands in the manifest."""
         if self.kind == "formula":
             return {"formula": self.label, "atoms": {SYMBOLS[z]: n for z, n in self.counts.items()}}
-        return {} if self.kind == "none" else {self.kind: self.label}
+        asked = {} if self.kind == "none" else {self.kind: self.label}
+        return asked | ({"num_atoms": self.size_label} if self.num_atoms else {})
 
 
 def parse_formula(formula: str) -> dict[int, int]:
@@ -61,12 +80,12 @@ def parse_formula(formula: str) -> dict[int, int]:
     raise UserError(f"--formula={formula}: not understood at {at}; write it with whole numbers, as in SrTiO3, Ca(OH)2")
 
 
-def parse_units(text: str) -> range:
-    """Numbers of formula units from "2" or "1-4". Raises UserError."""
+def parse_range(text: str, flag: str) -> range:
+    """Numbers from "2" or "1-4". Raises UserError."""
     match = re.fullmatch(r"(\d+)(?:-(\d+))?", text.strip())
     low, high = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
     if not 1 <= low <= high:
-        raise UserError(f"--num_formula_units={text}: write a number or a range, as in 2 or 1-4")
+        raise UserError(f"--{flag}={text}: write a number or a range, as in 2 or 1-4")
     return range(low, high + 1)
 
 
@@ -94,10 +113,12 @@ def formula_requests(
     return requests
 
 
-def element_requests(kind: str, text: str, num_samples: int, spec: UniMatSpec) -> list[Request]:
+def element_requests(
+    kind: str, text: str, num_samples: int, spec: UniMatSpec, num_atoms: range | None = None
+) -> list[Request]:
     elements = parse_elements(text, kind)
     check_fits(dict.fromkeys(elements, 1), spec, text)
-    return [Request(kind, text, elements=elements)] * num_samples
+    return [Request(kind, text, elements=elements, num_atoms=num_atoms)] * num_samples
 
 
 def check_fits(counts: Mapping[int, int], spec: UniMatSpec, label: str) -> None:
@@ -119,6 +140,12 @@ def check_fits(counts: Mapping[int, int], spec: UniMatSpec, label: str) -> None:
 def count_table(request: Request, spec: UniMatSpec) -> np.ndarray:
     """Atoms asked at each place [H, W], int."""
     return _fill(request.counts, spec)
+
+
+def counts_of_table(table: np.ndarray, spec: UniMatSpec) -> dict[int, int]:
+    """Atoms of each element (atomic number) of a table of counts [H, W]."""
+    there = table > 0
+    return dict(zip(spec.table.atomic_numbers[there].tolist(), table[there].tolist(), strict=True))
 
 
 def element_table(request: Request, spec: UniMatSpec) -> np.ndarray:

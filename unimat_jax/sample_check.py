@@ -12,7 +12,7 @@ from unimat_jax import sharding
 from unimat_jax.assembly import Assembly, sampler_program
 from unimat_jax.evaluation.validity import check
 from unimat_jax.representation import DecodeFailure, UniMatSpec, decode
-from unimat_jax.requests import Request
+from unimat_jax.requests import Request, counts_of_table
 
 
 def sample_check(
@@ -23,7 +23,7 @@ def sample_check(
     objective, number = run.objective, min(config.train.sample_examples, len(batch["slot"]))
     spec, size = objective.spec, number + -number % mesh.size
     asked = [_counts(batch["slot"][i % number], spec) for i in range(size)]
-    requests = [Request("formula", counts=_by_element(counts, spec)) for counts in asked]
+    requests = [Request("formula", counts=counts_of_table(counts, spec)) for counts in asked]
     nothing = np.zeros(batch["properties"].shape[1], np.float32)
     arrays = objective.conditions(requests, nothing, nothing) | {"indices": np.arange(size, dtype=np.int32)}
     settings = {**config.sample, "guidance_weight": 0.0}
@@ -47,8 +47,3 @@ def _counts(slot: np.ndarray, spec: UniMatSpec) -> np.ndarray:
     """Atoms at each place [H, W] of a record's flat slots [A]."""
     h, w = spec.table.shape
     return np.bincount(slot[slot < spec.num_slots] % (h * w), minlength=h * w).reshape(h, w)
-
-
-def _by_element(counts: np.ndarray, spec: UniMatSpec) -> dict[int, int]:
-    there = counts > 0
-    return dict(zip(spec.table.atomic_numbers[there].tolist(), counts[there].tolist(), strict=True))

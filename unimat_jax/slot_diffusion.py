@@ -102,11 +102,11 @@ class SlotDiffusion:
         """Arrays of a batch of requests: `slot` [B, A], flat in [L, H, W], L H W where padded. values, given:
         properties, of which this model has none. Raises UserError for requests without an exact composition."""
         for request in requests:
-            if request.kind != "formula":
-                what = f"--{request.kind}={request.label}" if request.label else "no composition"
+            if not request.counts:
                 raise UserError(
-                    f"{what}: this checkpoint's model (slots) places the atoms of an exact composition: give --formula "
-                    "or --compositions_from, or take a checkpoint of unet3d"
+                    f"{request.asked or 'no composition'}: this checkpoint's model (slots) places the atoms of an "
+                    "exact composition, and no model of compositions (config.composition.width) lies beside it: give "
+                    "--formula or --compositions_from, or take a checkpoint with one, or one of unet3d"
                 )
         places = self.spec.num_slots // self.spec.max_atoms_per_element
         rows = []

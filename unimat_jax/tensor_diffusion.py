@@ -97,7 +97,13 @@ class TensorDiffusion:
         counts = np.stack([count_table(r, self.spec) for r in requests])
         elements = np.stack([element_table(r, self.spec) for r in requests])
         levels = np.arange(self.spec.max_atoms_per_element)[:, None, None]
-        kinds = np.array([r.kind for r in requests])
+        for request in requests:
+            if not request.counts and (request.kind == "contains" or request.num_atoms):
+                raise UserError(
+                    f"{request.asked}: this takes a checkpoint that has a model of compositions "
+                    "(config.composition.width): give --formula, --chemical_system or --elements"
+                )
+        kinds = np.array(["formula" if r.counts else r.kind for r in requests])
         subset = kinds == "elements"
         return {
             "counts": (levels < counts[:, None]).astype(np.float32),

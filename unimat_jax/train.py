@@ -90,6 +90,7 @@ class _Training:
             "format": MODEL_FORMAT,
             "model": plain(config.model),
             "diffusion": plain(config.diffusion),
+            "composition": plain(config.composition),
             "spec": self.spec.to_json(),
             "condition_schema": self.schema,
             "dataset": {

@@ -11,12 +11,15 @@ import numpy as np
 import optax
 
 from unimat_jax import diffusion
+from unimat_jax.composition_model import CompositionModel
 from unimat_jax.representation import UniMatSpec
 from unimat_jax.requests import Request
 from unimat_jax.train_state import TrainState, apply_gradients
 
 EVAL_TIMES = tuple((i + 0.5) / 8 for i in range(8))
 """Diffusion times at which the validation loss is measured."""
+COMPOSITION = "composition"
+"""Where the parameters of the model of compositions lie, beside those of the diffusion's network."""
 
 
 class Objective(Protocol):
@@ -67,8 +70,12 @@ def train_step(
     ema_decay: float,
     microbatches: int = 1,
     unroll: bool = False,
+    composition: CompositionModel | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """(next state, metrics). All randomness comes from (key, step, number of the microbatch).
+
+    composition: a model of compositions that learns in the same step. It shares no weights with the diffusion's
+    network, so that "train/loss" and what that one learns are as without it.
 
     microbatches: M > 1 runs the batch in M parts, one after another, and averages their gradients: the update of the
     whole batch in about an M-th of its memory. Part m holds examples m, m + M, ...: as many of each device's.
@@ -82,7 +89,11 @@ def train_step(
         x_loss, lattice_loss = objective.losses(params, batch, key, t, train=True)
         x_loss, lattice_loss = x_loss.mean(), lattice_loss.mean()
         loss = x_loss + objective.lattice_weight * lattice_loss
-        return loss, {"train/loss": loss, "train/x_loss": x_loss, "train/lattice_loss": lattice_loss}
+        metrics = {"train/loss": loss, "train/x_loss": x_loss, "train/lattice_loss": lattice_loss}
+        if composition is None:
+            return loss, metrics
+        nats = composition.losses(params[COMPOSITION], batch, jax.random.fold_in(key, 1), train=True).mean()
+        return loss + nats, {**metrics, "train/composition_loss": nats}
 
     def gradients_and_metrics(batch, t, key):
         (_, metrics), gradients = jax.value_and_grad(loss_fn, has_aux=True)(state.params, batch, t, key)
@@ -114,8 +125,16 @@ def train_step(
     return state, metrics
 
 
-def eval_step(params: Any, batch: Mapping[str, jax.Array], key: jax.Array, *, objective: Objective) -> jax.Array:
-    """Summed losses [T + 1, 2] (tensor, lattice) at each of EVAL_TIMES, and in the last row the number of examples.
+def eval_step(
+    params: Any,
+    batch: Mapping[str, jax.Array],
+    key: jax.Array,
+    *,
+    objective: Objective,
+    composition: CompositionModel | None = None,
+) -> jax.Array:
+    """Summed losses [T + 1, 2] (tensor, lattice) at each of EVAL_TIMES, and in the last row the number of examples; a
+    third column is the composition's, where there is a model of it: T draws of the orders that it averages over.
 
     The same key gives the same conditions and noise whatever the parameters.
     """
@@ -123,11 +142,15 @@ def eval_step(params: Any, batch: Mapping[str, jax.Array], key: jax.Array, *, ob
 
     def at(t):
         times = jnp.full(weight.shape, t)
-        x_loss, lattice_loss = objective.losses(params, batch, key, times, train=False)
-        return jnp.stack([(x_loss * weight).sum(), (lattice_loss * weight).sum()])
+        losses = objective.losses(params, batch, key, times, train=False)
+        return jnp.stack([(loss * weight).sum() for loss in losses])
 
     sums = jax.lax.map(at, jnp.array(EVAL_TIMES))
-    return jnp.concatenate([sums, jnp.full((1, 2), weight.sum())])
+    if composition is not None:
+        keys = jax.random.split(key, len(EVAL_TIMES))
+        nats = jax.lax.map(lambda k: composition.losses(params[COMPOSITION], batch, k, train=False), keys)
+        sums = jnp.concatenate([sums, (nats * weight).sum(1, keepdims=True)], 1)
+    return jnp.concatenate([sums, jnp.full((1, sums.shape[1]), weight.sum())])
 
 
 def eval_metrics(sums: Any, lattice_weight: float) -> dict[str, float]:
@@ -138,7 +161,9 @@ def eval_metrics(sums: Any, lattice_weight: float) -> dict[str, float]:
         "eval/x_loss": float(means[:, 0].mean()),
         "eval/lattice_loss": float(means[:, 1].mean()),
     }
-    for t, (x_loss, lattice_loss) in zip(EVAL_TIMES, means, strict=True):
+    if means.shape[1] == 3:
+        metrics["eval/composition_loss"] = float(means[:, 2].mean())
+    for t, (x_loss, lattice_loss) in zip(EVAL_TIMES, means[:, :2], strict=True):
         metrics[f"eval/x_loss_t{t:.2f}"] = float(x_loss)
         metrics[f"eval/lattice_loss_t{t:.2f}"] = float(lattice_loss)
     return metrics

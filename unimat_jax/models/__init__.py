@@ -19,3 +19,13 @@ def create(name: str, **settings: Any) -> Any:
         return networks[name](**settings)
     except (TypeError, ValueError) as error:
         raise UserError(f"config.model: {error}") from error
+
+
+def create_composition(max_atoms_per_element: int, max_atoms: int, **settings: Any) -> Any:
+    """The network of compositions of such sizes. Raises UserError for unknown settings."""
+    from unimat_jax.models.composition import CompositionNetwork
+
+    try:
+        return CompositionNetwork(max_atoms_per_element, max_atoms, **settings)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"config.composition: {error}") from error
