@@ -97,7 +97,8 @@ def print_assessed(assessed: Assessed, output_dir: Path) -> None:
         print(f"  {output_dir / name}")
 
 
-def _kwargs(text: str) -> dict[str, Any]:
+def keyword_arguments(text: str) -> dict[str, Any]:
+    """Of --energy_model_kwargs. Raises UserError."""
     try:
         values = json.loads(text)
     except ValueError as error:
@@ -121,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments["timeout_s"] = TIMEOUT_S[GPAW if arguments["energy_model"] == GPAW else ""]
     _positive(arguments, "fmax", "max_steps", "timeout_s", "batch_size")
     model = energy_model(
-        arguments.pop("energy_model"), kwargs=_kwargs(arguments.pop("energy_model_kwargs")),
+        arguments.pop("energy_model"), kwargs=keyword_arguments(arguments.pop("energy_model_kwargs")),
         scale=arguments.pop("energy_scale"), functional=arguments.pop("functional"),
     )  # fmt: skip
     resolve(model, arguments["correction"])
