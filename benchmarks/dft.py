@@ -23,7 +23,7 @@ from unimat_jax.cli import Parser, run_program
 from unimat_jax.crystal import Crystal
 from unimat_jax.evaluation.entries import read_entries
 from unimat_jax.stability.assessment import assess
-from unimat_jax.stability.command import DEFAULTS
+from unimat_jax.stability.command import TIMEOUT_S
 from unimat_jax.stability.dft import DftSettings, hubbard_u, kpoint_mesh, starting_moments
 from unimat_jax.stability.energies import composition_of
 from unimat_jax.stability.engines import GPAW, energy_model
@@ -99,8 +99,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     model = energy_model(GPAW, kwargs=kwargs)
     done = assess([arguments.structures], model, output_dir=arguments.output_dir / "run",
                   hull_structures=[*arguments.hull_structures, path], num_workers=arguments.num_workers, retry=True,
-                  protocol=Protocol(fmax=arguments.fmax, optimizer=DEFAULTS[GPAW]["optimizer"]),
-                  timeout_s=DEFAULTS[GPAW]["timeout_s"])  # fmt: skip
+                  protocol=Protocol(fmax=arguments.fmax, optimizer="bfgs"),
+                  timeout_s=TIMEOUT_S[GPAW])  # fmt: skip
     assert len(done.rows) == len(read_entries([arguments.structures])), "a row a structure"
     settings = DftSettings.of(kwargs)
     result = {

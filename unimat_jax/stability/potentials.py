@@ -78,8 +78,10 @@ def chgnet(device: str = "cpu", **kwargs: Any) -> Calculator:
         "ignore", message="Converting a tensor with requires_grad"
     )  # of volumes that it does not use
 
+    to_pymatgen: Any = AseAtomsAdaptor.get_structure
+
     def evaluate(many: Sequence[Atoms]) -> list[dict[str, Any]]:
-        graphs = [model.graph_converter(AseAtomsAdaptor.get_structure(atoms)) for atoms in many]
+        graphs = [model.graph_converter(to_pymatgen(atoms)) for atoms in many]
         found = model([graph.to(device) for graph in graphs], task="em")
         atoms_of = np.array([len(atoms) for atoms in many]) if model.is_intensive else np.ones(len(many))
         energies = found["e"].detach().cpu().numpy().astype(float) * atoms_of
