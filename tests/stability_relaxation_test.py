@@ -112,21 +112,22 @@ def in_batches(log, **kwargs):
 
 
 def test_batches_find_what_single_relaxations_find(tmp_path):
-    crystals = [metal(["Cu", "Au"], a=3.7 + 0.05 * i, rattle=0.1, uid=f"c{i}") for i in range(7)]
+    crystals = [metal(["Cu", "Au"], a=3.7 + 0.1 * i, rattle=0.1, uid=f"c{i}") for i in range(5)]
     crystals += [metal(["Cu", "Pd"]), metal(["Cu"], a=2.0)]
     for optimizer in OPTIMIZERS:
         single, together = (
             relax_all(crystals, Relaxer(in_batches(tmp_path / "log"), Protocol(optimizer=optimizer), False, size),
                       Journal(tmp_path / f"{optimizer}{size}"), timeout_s=60, num_workers=0, progress="")
-            for size in (1, 4)
+            for size in (1, 3)
         )  # fmt: skip
         assert [one.label for one in single] == [one.label for one in together]
-        for one, other in zip(single[:7], together[:7], strict=True):
+        for one, other in zip(single[:5], together[:5], strict=True):
             assert one.status == "converged" and one.force_calls == other.force_calls
             assert one.energy == pytest.approx(other.energy, abs=1e-8)
+            assert one.lattice is not None and other.lattice is not None
             assert np.allclose(one.lattice, other.lattice, atol=1e-8)
     sizes = [int(line) for line in (tmp_path / "log").read_text().split()]
-    assert max(sizes) == 4 and sizes.count(4) > len(sizes) / 3
+    assert max(sizes) == 3 and sizes.count(3) > len(sizes) / 4
 
 
 def test_each_trouble_costs_one_structure_of_a_batch(tmp_path):

@@ -43,16 +43,15 @@ def sevennet(device: str = "cpu", **kwargs: Any) -> Calculator:
     from sevenn.atom_graph_data import AtomGraphData  # pyright: ignore[reportMissingImports]
     from sevenn.calculator import SevenNetCalculator  # pyright: ignore[reportMissingImports]
     from sevenn.train.dataload import unlabeled_atoms_to_graph  # pyright: ignore[reportMissingImports]
-    from torch_geometric.loader.dataloader import Collater  # pyright: ignore[reportMissingImports]
+    from torch_geometric.data import Batch  # pyright: ignore[reportMissingImports]
 
     loaded: Any = SevenNetCalculator("7net-0", device=device, **kwargs)
     model = loaded.model.requires_grad_(False)
     model.set_is_batch_data(True)
-    collate = Collater([], follow_batch=None, exclude_keys=None)
 
     def evaluate(many: Sequence[Atoms]) -> list[dict[str, Any]]:
         graphs = [AtomGraphData.from_numpy_dict(unlabeled_atoms_to_graph(atoms, loaded.cutoff)) for atoms in many]
-        found = model(collate(graphs).to(loaded.device))
+        found = model(Batch.from_data_list(graphs).to(loaded.device))
         energies, forces, stresses = (
             found[name].detach().cpu().numpy()
             for name in ("inferred_total_energy", "inferred_force", "inferred_stress")
@@ -72,16 +71,15 @@ def chgnet(device: str = "cpu", **kwargs: Any) -> Calculator:
     from chgnet.model.dynamics import CHGNetCalculator  # pyright: ignore[reportMissingImports]
     from pymatgen.io.ase import AseAtomsAdaptor
 
+    structure_of: Any = AseAtomsAdaptor.get_structure
     loaded: Any = CHGNetCalculator(use_device=device, **kwargs)
     model = loaded.model.requires_grad_(False).eval()
     warnings.filterwarnings(
         "ignore", message="Converting a tensor with requires_grad"
     )  # of volumes that it does not use
 
-    to_pymatgen: Any = AseAtomsAdaptor.get_structure
-
     def evaluate(many: Sequence[Atoms]) -> list[dict[str, Any]]:
-        graphs = [model.graph_converter(to_pymatgen(atoms)) for atoms in many]
+        graphs = [model.graph_converter(structure_of(atoms)) for atoms in many]
         found = model([graph.to(device) for graph in graphs], task="em")
         atoms_of = np.array([len(atoms) for atoms in many]) if model.is_intensive else np.ones(len(many))
         energies = found["e"].detach().cpu().numpy().astype(float) * atoms_of
