@@ -89,6 +89,7 @@ REQUIRED = {
     "doctor": [],
     "check": ["not_there.cif"],
     "evaluate": ["--structures=not_there.cif", "--output_dir=not_made"],
+    "search": ["--formula=NaCl", "--output_dir=not_made"],
     "stability": ["--structures=not_there.cif", "--energy_model=sevennet", "--output_dir=not_made"],
     "vasp": ["inputs", "--structures=not_there.cif", "--output_dir=not_made"],
 }

@@ -6,13 +6,16 @@ import re
 import shutil
 import subprocess
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from unimat_jax.crystal import Crystal, CrystalError, lattice_from_parameters
 from unimat_jax.errors import UserError
 from unimat_jax.periodic_table import SYMBOLS, atomic_number
-from unimat_jax.stability.soft_sphere import Distances
+
+if TYPE_CHECKING:
+    from unimat_jax.stability.soft_sphere import Distances
 
 COMMAND = "buildcell"
 TIMEOUT_S = 30.0

@@ -13,7 +13,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -21,7 +21,9 @@ from unimat_jax.crystal import Crystal, CrystalError
 from unimat_jax.periodic_table import SYMBOLS
 from unimat_jax.stability import buildcell
 from unimat_jax.stability.atomic_volumes import estimated_volume
-from unimat_jax.stability.soft_sphere import Distances, spread
+
+if TYPE_CHECKING:
+    from unimat_jax.stability.soft_sphere import Distances
 
 VOLUME_RANGE = (0.4, 1.2)
 """Of the estimated volume; the paper's."""
@@ -78,6 +80,8 @@ class Drawn:
 
 def draw(task: Draw) -> Drawn:
     """The candidate, the same each time. Raises CrystalError (`no_volume`)."""
+    from unimat_jax.stability.soft_sphere import spread  # with ASE, which `--help` need not wait for
+
     begin = time.process_time()
     rng = np.random.default_rng([task.seed, task.index, *(number for pair in task.counts for number in pair)])
     counts = dict(task.counts)
