@@ -145,7 +145,7 @@ def test_every_candidate_of_both_methods_is_in_the_table(compared):
         assert [row["candidate"] for row in mine] == 3 * [0, 1, 2, 3]
         assert result["methods"][method]["status"] == dict(Counter(row["status"] for row in mine).most_common())
     assert begun["num_compositions"] == 2 and result["num_compositions"] == 3
-    assert result["known_status"] == {"converged": 3}
+    assert result["known"]["status"] == {"converged": 3}
 
 
 def test_both_keep_the_same_budget_soft_spheres_included(compared):
@@ -180,7 +180,7 @@ def row(method, composition, candidate, energy):
     status = "not_converged" if energy is None else "converged"
     seconds = {"cpu_seconds": 1.0, "generation_cpu_seconds": 0.5, "soft_cpu_seconds": None}
     return {"method": method, "composition": composition, "candidate": candidate, "status": status, ENERGY: energy,
-            "force_calls": 10, **seconds}  # fmt: skip
+            "force_calls": 10, "volume_change": 0.1, **seconds}  # fmt: skip
 
 
 MODEL_ENERGIES = [(-1.0, -2.0), (-1.0005, None), (None, None), (-3.0, -3.0)]

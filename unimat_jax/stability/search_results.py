@@ -72,7 +72,15 @@ def method_metrics(rows: Sequence[Row], num_compositions: int) -> dict[str, Metr
             ("generation_cpu_seconds", "processor seconds to make a candidate"),
             ("soft_cpu_seconds", "processor seconds of the soft spheres"),
             ("cpu_seconds", "processor seconds of the relaxation"))},
+        **volume_metrics(rows),
     }  # fmt: skip
+
+
+def volume_metrics(rows: Sequence[Row]) -> dict[str, Metric]:
+    """How far the cells were from rest."""
+    changes = [row["volume_change"] for row in rows if row["status"] == "converged"]
+    text = "volume after the relaxation over before, minus 1; mean over the converged"
+    return {"mean_volume_change": mean(changes, text, failures=len(rows) - len(changes))}
 
 
 def best_metrics(model: Sequence[Row], random: Sequence[Row], num_compositions: int) -> dict[str, Metric]:
@@ -179,7 +187,8 @@ def write_results(
         } for method, part in by_method.items()},
         "best": _json(best_metrics(ours, theirs, number)),
         "pairs": _json(compare_sets(ours, theirs)),
-        **({"known_status": dict(Counter(row["status"] for row in known.values()))} if known else {}),
+        **({"known": {"status": dict(Counter(row["status"] for row in known.values()).most_common()),
+                      "metrics": _json(volume_metrics(list(known.values())))}} if known else {}),
         "curves": curves(by_method, number, candidates),
         "compositions": [
             {"formula": formula, **{method: bests[method].get(i) for method in METHODS},
