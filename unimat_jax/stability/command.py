@@ -30,7 +30,7 @@ from unimat_jax.stability.engines import ENGINES, GPAW, SCALES, energy_model
 from unimat_jax.stability.judgement import Assessed
 from unimat_jax.stability.relaxation import OPTIMIZERS, Protocol
 
-DEFAULTS = {
+DEFAULTS: dict[str, dict[str, Any]] = {
     "": {"timeout_s": 600.0, "optimizer": Protocol.optimizer},
     GPAW: {"timeout_s": 86400.0, "optimizer": "bfgs"},
 }
