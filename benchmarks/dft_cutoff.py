@@ -23,7 +23,7 @@ from unimat_jax.stability.engines import GPAW, energy_model
 
 LENGTH = 3.945
 """Angstrom: where PBE has it, within 0.005."""
-MESH = (4, 4, 4)
+MESH = (3, 3, 3)
 SPECIES = [38, 22, 8, 8, 8]
 SITES = [[0, 0, 0], [0.5, 0.5, 0.5], [0.5, 0.5, 0], [0.5, 0, 0.5], [0, 0.5, 0.5]]
 
