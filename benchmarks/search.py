@@ -32,13 +32,15 @@ LABELS = {"model": "model", "random": "random structure search"}
 
 
 def throughput(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Of the relaxations alone, by one processor."""
+    """Of the relaxations alone, by one processor; the calls of those that did not converge include soft spheres."""
     seconds = sum(row["cpu_seconds"] or 0.0 for row in rows)
     spent = sum(row["force_calls"] - (row["soft_calls"] or 0) for row in rows)
+    ended = [row["force_calls"] for row in rows if row["status"] == "not_converged"]
     return {
         "rows": len(rows), "status": dict(Counter(row["status"] for row in rows).most_common()),
         "relaxed_per_cpu_minute": round(60 * len(rows) / seconds, 2), "cpu_seconds": round(seconds, 1),
         "cpu_seconds_per_force_call": round(seconds / spent, 4), "force_calls_mean": round(spent / len(rows), 1),
+        "force_calls_of_not_converged_mean": round(float(np.mean(ended)), 1) if ended else None,
     }  # fmt: skip
 
 
