@@ -128,13 +128,13 @@ def test_the_training_set_is_evaluated_where_no_validation_crystal_fits(trained,
     assert "eval loss: on 10 crystals of the validation split\n" in capfd.readouterr().err
     source = data.RecordSource(data.dataset_directory("starter", tiny_data), "validation")
     validation = {record["material_id"] for record in source.read(range(len(source)))}
-    monkeypatch.setattr(data, "_fits", lambda record, spec: record["material_id"] not in sorted(validation)[:3])
+    monkeypatch.setattr(data, "fits", lambda record, spec: record["material_id"] not in sorted(validation)[:3])
     train.train(tiny_run.config(tiny_data), trained)
     assert (
         "eval loss: on 7 crystals of the validation split; 3 do not fit the model's table or L\n"
         in capfd.readouterr().err
     )
-    monkeypatch.setattr(data, "_fits", lambda record, spec: record["material_id"] not in validation)
+    monkeypatch.setattr(data, "fits", lambda record, spec: record["material_id"] not in validation)
     train.train(tiny_run.config(tiny_data), trained)
     assert "eval loss: on 10 crystals of the train split\n" in capfd.readouterr().err
 
