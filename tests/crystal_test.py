@@ -25,7 +25,14 @@ from pymatgen.core import DummySpecies, Lattice, Structure
 from pymatgen.io.vasp import Poscar
 from shared_data import load
 
-from unimat_jax.crystal import Crystal, CrystalError, angles_of, lattice_from_parameters, min_distance
+from unimat_jax.crystal import (
+    Crystal,
+    CrystalError,
+    angles_of,
+    lattice_from_parameters,
+    min_distance,
+    reduced_cell,
+)
 
 
 def left_handed_poscar() -> str:
@@ -320,3 +327,14 @@ def test_disordered_vacancy_and_molecule_are_refused():
 def test_deuterium_and_oxidation_states_are_read_as_their_elements():
     structure = Structure(Lattice.cubic(4.0), ["D+", "Cl-"], [[0, 0, 0], [0.5, 0.5, 0.5]])
     assert Crystal.from_pymatgen(structure).atomic_numbers.tolist() == [1, 17]
+
+
+@pytest.mark.parametrize("old", [True, False])
+def test_what_spglib_cannot_reduce_stays_as_it_is(old, monkeypatch):
+    """Whether spglib says it by None or raises, which ASE switches by the environment."""
+    monkeypatch.setenv("SPGLIB_OLD_ERROR_HANDLING", str(old))
+    lattice = np.array([[-997.6278392, 1237.66966209, -1470.14767856], [-8197.79195888, -5621.89121389, 1965.24907915],
+                        [1371.2114942, 5130.07544823, 9778.7832786]])  # fmt: skip
+    flat = np.array([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [1.0, 1.0, 0.0]])
+    assert (reduced_cell(flat) == flat).all()
+    assert Crystal.create([3], [[0, 0, 0]], lattice).min_distance > 1000

@@ -6,6 +6,7 @@ import dataclasses
 import io
 import warnings
 from collections import Counter
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -126,7 +127,7 @@ class Crystal:
 
         # Noise of the tolerance's own size (a float32 cell) can send spglib in circles, some 0.5 % of cells: then a
         # tolerance ten times smaller or larger serves.
-        attempts = (spglib.niggli_reduce(self.lattice, eps=tolerance * factor) for factor in (1.0, 0.1, 10.0))
+        attempts = (_try(spglib.niggli_reduce, self.lattice, eps=tolerance * factor) for factor in (1.0, 0.1, 10.0))
         reduced = next((lattice for lattice in attempts if lattice is not None), None)
         if reduced is None:
             raise CrystalError("niggli_failed", f"{self.uid or 'structure'}: no Niggli cell at tolerance {tolerance}")
@@ -138,7 +139,7 @@ class Crystal:
         import spglib
 
         cell: Any = (self.lattice, self.frac_coords, self.atomic_numbers)
-        found = spglib.standardize_cell(cell, to_primitive=True, no_idealize=True, symprec=tolerance)
+        found = _try(spglib.standardize_cell, cell, to_primitive=True, no_idealize=True, symprec=tolerance)
         if found is None:
             raise CrystalError("primitive_failed", f"{self.uid or 'structure'}: no primitive cell at {tolerance} A")
         lattice, frac, numbers = found
@@ -243,16 +244,30 @@ def lattice_from_parameters(lengths: np.ndarray, angles: np.ndarray) -> np.ndarr
 _OFFSETS = np.stack(np.meshgrid(*[np.arange(-1, 2)] * 3, indexing="ij"), -1).reshape(-1, 3)
 
 
+def _try(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """What spglib finds, None where it finds nothing: it says that by None or, by a setting that any package in the
+    process may change, by an exception."""
+    try:
+        return function(*args, **kwargs)
+    except Exception:
+        return None
+
+
+def reduced_cell(lattice: np.ndarray) -> np.ndarray:
+    """The Delaunay-reduced cell, or the one given where spglib finds none."""
+    import spglib
+
+    reduced = _try(spglib.delaunay_reduce, lattice)
+    return lattice if reduced is None else reduced
+
+
 def min_distance(frac_coords: np.ndarray, lattice: np.ndarray) -> float:
     """The shortest interatomic distance (Angstrom), an atom's own periodic images included.
 
     The cell is Delaunay-reduced first, so that the 26 neighbouring cells hold every nearest image. (Niggli's would do
     as well, but its reduction does not end for some cells with the noise of float32.)
     """
-    import spglib
-
-    reduced = spglib.delaunay_reduce(lattice)
-    reduced = lattice if reduced is None else reduced
+    reduced = reduced_cell(lattice)
     frac = frac_coords @ lattice @ np.linalg.inv(reduced)
     offsets = _OFFSETS @ reduced
     own_image = np.linalg.norm(offsets[np.any(_OFFSETS != 0, axis=1)], axis=1).min()

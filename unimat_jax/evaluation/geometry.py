@@ -6,7 +6,7 @@ import dataclasses
 
 import numpy as np
 
-from unimat_jax.crystal import Crystal
+from unimat_jax.crystal import Crystal, reduced_cell
 
 RADII_FRACTION = 0.7
 """Strict rule: no two atoms nearer than this times the sum of their covalent radii."""
@@ -47,10 +47,7 @@ def shells(crystal: Crystal) -> Shells:
 
     Looked for in the 27 cells around, after a Delaunay reduction, among which every nearest image is.
     """
-    import spglib
-
-    reduced = spglib.delaunay_reduce(crystal.lattice)
-    cell = crystal.lattice if reduced is None else reduced
+    cell = reduced_cell(crystal.lattice)
     frac = crystal.frac_coords @ crystal.lattice @ np.linalg.inv(cell)
     offsets = _IMAGES @ cell
     radii = covalent_radii(crystal.atomic_numbers)
