@@ -101,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for hull in ([], [*arguments.hull_structures, path]):  # what the crystals gave is there before the hull is
         done = assess([arguments.structures], model, output_dir=arguments.output_dir / "run", hull_structures=hull,
                       num_workers=arguments.num_workers, retry=True, timeout_s=TIMEOUT_S[GPAW],
-                      protocol=Protocol(fmax=arguments.fmax, optimizer="bfgs"))  # fmt: skip
+                      protocol=Protocol(fmax=arguments.fmax))  # fmt: skip
         assert len(done.rows) == len(read_entries([arguments.structures])), "a row a structure"
         rows = zip(done.rows, done.relaxed, strict=True)
         result = {

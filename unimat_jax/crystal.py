@@ -127,7 +127,9 @@ class Crystal:
 
         # Noise of the tolerance's own size (a float32 cell) can send spglib in circles, some 0.5 % of cells: then a
         # tolerance ten times smaller or larger serves.
-        attempts = (_try(spglib.niggli_reduce, self.lattice, eps=tolerance * factor) for factor in (1.0, 0.1, 10.0))
+        attempts = (
+            found_by_spglib(spglib.niggli_reduce, self.lattice, eps=tolerance * factor) for factor in (1.0, 0.1, 10.0)
+        )
         reduced = next((lattice for lattice in attempts if lattice is not None), None)
         if reduced is None:
             raise CrystalError("niggli_failed", f"{self.uid or 'structure'}: no Niggli cell at tolerance {tolerance}")
@@ -139,7 +141,7 @@ class Crystal:
         import spglib
 
         cell: Any = (self.lattice, self.frac_coords, self.atomic_numbers)
-        found = _try(spglib.standardize_cell, cell, to_primitive=True, no_idealize=True, symprec=tolerance)
+        found = found_by_spglib(spglib.standardize_cell, cell, to_primitive=True, no_idealize=True, symprec=tolerance)
         if found is None:
             raise CrystalError("primitive_failed", f"{self.uid or 'structure'}: no primitive cell at {tolerance} A")
         lattice, frac, numbers = found
@@ -244,7 +246,7 @@ def lattice_from_parameters(lengths: np.ndarray, angles: np.ndarray) -> np.ndarr
 _OFFSETS = np.stack(np.meshgrid(*[np.arange(-1, 2)] * 3, indexing="ij"), -1).reshape(-1, 3)
 
 
-def _try(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def found_by_spglib(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """What spglib finds, None where it finds nothing: it says that by None or, by a setting that any package in the
     process may change, by an exception."""
     try:
@@ -257,7 +259,7 @@ def reduced_cell(lattice: np.ndarray) -> np.ndarray:
     """The Delaunay-reduced cell, or the one given where spglib finds none."""
     import spglib
 
-    reduced = _try(spglib.delaunay_reduce, lattice)
+    reduced = found_by_spglib(spglib.delaunay_reduce, lattice)
     return lattice if reduced is None else reduced
 
 

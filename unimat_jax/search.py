@@ -25,14 +25,15 @@ from unimat_jax.cli import Parser, run_program
 from unimat_jax.crystal import Crystal
 from unimat_jax.errors import UserError
 from unimat_jax.evaluation.entries import read_entries
+from unimat_jax.evaluation.outputs import prepare_directory
 from unimat_jax.search_compositions import Composition, compositions
 from unimat_jax.stability.assessment import assess
-from unimat_jax.stability.command import keyword_arguments
+from unimat_jax.stability.command import keyword_arguments, positive
 from unimat_jax.stability.engines import ENGINES, SCALES, EnergyModel, energy_model
 from unimat_jax.stability.random_search import random_search, require
 from unimat_jax.stability.random_structures import GENERATORS
 from unimat_jax.stability.relaxation import OPTIMIZERS, Protocol
-from unimat_jax.stability.search_results import candidate_row, shown, write_results
+from unimat_jax.stability.search_results import SUMMARY, candidate_row, shown, write_results
 from unimat_jax.structure_files import GENERATED, MANIFEST
 
 PLAN, TIMES = "plan.json", "generation.json"
@@ -66,7 +67,7 @@ def parser() -> Parser:
                    "energies to reach")  # fmt: skip
     p.add_argument("--max_force_calls", type=int, default=150, help="for one candidate")
     p.add_argument("--fmax", type=float, default=Protocol.fmax, help="eV/A")
-    p.add_argument("--optimizer", choices=OPTIMIZERS, default="bfgs")
+    p.add_argument("--optimizer", choices=OPTIMIZERS, default=Protocol.optimizer)
     p.add_argument("--timeout_s", type=float, default=600.0, help="seconds for one candidate")
     p.add_argument("--num_workers", type=int, help="processes; default: all cores")
     existing = p.add_mutually_exclusive_group()
@@ -171,7 +172,7 @@ def compare(
         inside = {i: row for i, row in known.items() if i < end}
         write_results(rows, inside, [c.formula for c in wanted[:end]], candidates, about, directory)
     print(shown(rows, known, len(wanted)))
-    for name in ("search.json", "per_structure.csv"):
+    for name in (SUMMARY, "per_structure.csv"):
         print(f"  {directory / name}")
 
 
@@ -194,28 +195,20 @@ def _plan(arguments: argparse.Namespace, wanted: Sequence[Composition], model: E
 def _prepare(directory: Path, plan: Mapping[str, Any], *, resume: bool, overwrite: bool) -> None:
     """An empty directory, or one with an interrupted search of the same plan. Raises UserError."""
     path = directory / PLAN
-    if directory.exists() and not directory.is_dir():
-        raise UserError(f"--output_dir={directory} is a file: name a directory")
-    if directory.is_dir() and any(directory.iterdir()):
-        if not (resume or overwrite):
-            raise UserError(f"--output_dir={directory} is not empty: add --resume or --overwrite, or name another")
-        if not path.is_file():
-            raise UserError(f"--output_dir={directory} holds something else than a search: name another")
-        if overwrite:
-            shutil.rmtree(directory)
-        else:
-            before = json.loads(path.read_text(encoding="utf-8"))
-            changed = [name for name in plan if before.get(name) != plan[name]]
-            if changed:
-                raise UserError(f"--resume: {directory} was begun with another {', '.join(changed)}: use the same")
+    if resume and path.is_file():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        changed = [name for name in plan if before.get(name) != plan[name]]
+        if changed:
+            raise UserError(f"--resume: {directory} was begun with another {', '.join(changed)}: use the same")
+    prepare_directory(directory, resume=resume, overwrite=overwrite, kept=PLAN, made=(SUMMARY,), what="a search")
+    if overwrite:
+        shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(plan, indent=1) + "\n", encoding="utf-8")
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    for name in ("candidates", "max_force_calls", "timeout_s", "fmax"):
-        if not getattr(arguments, name) > 0:
-            raise UserError(f"--{name}={getattr(arguments, name)}: must be positive")
+    positive(vars(arguments), "candidates", "max_force_calls", "timeout_s", "fmax")
     if arguments.soft_sphere != "none" and not 0 < arguments.max_soft_calls < arguments.max_force_calls:
         raise UserError(
             f"--max_soft_calls={arguments.max_soft_calls}: must be positive and below "

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from unimat_jax.crystal import Crystal
+from unimat_jax.crystal import Crystal, found_by_spglib
 from unimat_jax.evaluation.entries import Entry
 from unimat_jax.evaluation.fingerprint_pool import Fingerprint, fingerprints
 from unimat_jax.evaluation.geometry import shells, strict_reason
@@ -89,10 +89,7 @@ def _symmetrised_group(crystal: Crystal) -> int | None:
     import spglib
 
     cell: Any = (crystal.lattice, crystal.frac_coords, crystal.atomic_numbers)
-    try:
-        refined = spglib.refine_cell(cell, symprec=SYMPREC_LOOSE)
-    except Exception:  # later versions of spglib raise where 2.x returns None
-        return None
+    refined = found_by_spglib(spglib.refine_cell, cell, symprec=SYMPREC_LOOSE)
     if refined is None:
         return None
     lattice, frac, numbers = refined

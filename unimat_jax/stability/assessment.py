@@ -62,7 +62,8 @@ def assess(
     scale = Scale(*resolve(model, correction), protocol.pressure)
     about = about_model(model, protocol, scale)
     relax = functools.partial(
-        relax_all, relaxer=relaxer_of(model, protocol, scale.corrected, batch_size, memory_limit_gb, output_dir),
+        relax_all, relaxer=relaxer_of(model, protocol, scale.corrected, batch_size=batch_size,
+                                      memory_limit_gb=memory_limit_gb, output_dir=output_dir),
         journal=Journal(output_dir / outputs.JOURNAL, retry=retry), timeout_s=timeout_s, num_workers=num_workers,
     )  # fmt: skip
 
@@ -88,10 +89,12 @@ def relaxer_of(
     model: EnergyModel,
     protocol: Protocol,
     corrected: bool,
-    batch_size: int,
-    memory_limit_gb: float,
+    *,
     output_dir: Path,
+    batch_size: int = 1,
+    memory_limit_gb: float = 0.0,
 ) -> Relaxer:
+    """What relaxes by this model; DFT has its folders in `output_dir`."""
     if model.name != GPAW:
         return Relaxer(model, protocol, corrected, batch_size, memory_limit_gb=memory_limit_gb)
     from unimat_jax.stability.gpaw_engine import GpawRelaxer

@@ -110,7 +110,8 @@ def keyword_arguments(text: str) -> dict[str, Any]:
     return values
 
 
-def _positive(arguments: Mapping[str, Any], *names: str) -> None:
+def positive(arguments: Mapping[str, Any], *names: str) -> None:
+    """Raises UserError where a flag's value is not."""
     for name in names:
         if not arguments[name] > 0:
             raise UserError(f"--{name}={arguments[name]}: must be positive")
@@ -120,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = vars(parser().parse(sys.argv[1:] if argv is None else argv))
     if arguments["timeout_s"] is None:
         arguments["timeout_s"] = TIMEOUT_S[GPAW if arguments["energy_model"] == GPAW else ""]
-    _positive(arguments, "fmax", "max_steps", "timeout_s", "batch_size")
+    positive(arguments, "fmax", "max_steps", "timeout_s", "batch_size")
     model = energy_model(
         arguments.pop("energy_model"), kwargs=keyword_arguments(arguments.pop("energy_model_kwargs")),
         scale=arguments.pop("energy_scale"), functional=arguments.pop("functional"),

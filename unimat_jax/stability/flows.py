@@ -17,7 +17,7 @@ from unimat_jax.crystal import Crystal
 from unimat_jax.errors import UserError
 from unimat_jax.evaluation.entries import Entry, read_entries
 from unimat_jax.stability import outputs
-from unimat_jax.stability.assessment import about_model, relax_entries
+from unimat_jax.stability.assessment import about_model, relax_entries, relaxer_of
 from unimat_jax.stability.corrections import resolve
 from unimat_jax.stability.engines import EnergyModel
 from unimat_jax.stability.journal import Journal, relax_all
@@ -30,7 +30,7 @@ from unimat_jax.stability.judgement import (
     with_own_hull,
     write,
 )
-from unimat_jax.stability.relaxation import Protocol, Relaxation, Relaxer
+from unimat_jax.stability.relaxation import Protocol, Relaxation
 
 if TYPE_CHECKING:
     from jobflow import Flow, Job  # pyright: ignore[reportMissingImports]
@@ -114,10 +114,9 @@ def relax_chunk(
     num_workers: int,
 ) -> list[dict[str, Any]]:
     """A job: one Relaxation, as a dict, a crystal. Each is written down in the job's folder as soon as it is done."""
-    found = relax_all(
-        [_crystal(values) for values in crystals], Relaxer(EnergyModel(**model), Protocol(**protocol), with_correction),
-        Journal(Path(outputs.JOURNAL)), timeout_s=timeout_s, num_workers=num_workers,
-    )  # fmt: skip
+    relaxer = relaxer_of(EnergyModel(**model), Protocol(**protocol), with_correction, output_dir=Path())
+    found = relax_all([_crystal(values) for values in crystals], relaxer, Journal(Path(outputs.JOURNAL)),
+                      timeout_s=timeout_s, num_workers=num_workers)  # fmt: skip
     return [dataclasses.asdict(relaxation) for relaxation in found]
 
 
