@@ -249,9 +249,11 @@ _OFFSETS = np.stack(np.meshgrid(*[np.arange(-1, 2)] * 3, indexing="ij"), -1).res
 def found_by_spglib(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """What spglib finds, None where it finds nothing: it says that by None or, by a setting that any package in the
     process may change, by an exception."""
+    from spglib.error import SpglibError
+
     try:
         return function(*args, **kwargs)
-    except Exception:
+    except SpglibError:
         return None
 
 
