@@ -1,23 +1,26 @@
 """Nothing is lost: bad batches, kills, damaged and half-written checkpoints, a full disk, runs of older versions."""
 
+import asyncio
 import json
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import types
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tensorstore
 import tiny_run
 from tiny_run import BATCH_SIZE, NUM_STEPS
 from train_test import assert_same_checkpoint, rows
 
 from benchmarks.kills import arrays
 from unimat_jax import data, train
-from unimat_jax.checkpoint import available_steps
+from unimat_jax.checkpoint import Checkpoints, available_steps
 from unimat_jax.errors import UserError
 
 OLD_RUN = Path(__file__).parent / "old_runs" / "format_2.zip"
@@ -150,6 +153,33 @@ def test_a_full_disk_ends_the_run_with_the_last_checkpoint_whole(at_step_6, tiny
     assert last.startswith("error: the checkpoint cannot be written (") and "steps [6] are whole: make room" in last
     assert available_steps(workdir) == [6]
     assert all(np.array_equal(before[name], array) for name, array in arrays(workdir, 6).items())
+
+
+def test_arrays_that_are_written_after_another_failed_say_nothing(tmp_path, monkeypatch):
+    """They come to their end in an event loop that is closed: a race of the full disk above, made to happen here."""
+    told = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: told.append(unraisable.exc_value))
+    for _ in range(2):  # two runs in one process are no two hooks
+        Checkpoints(tmp_path).close()
+    promise, future = tensorstore.Promise.new()
+    loop = asyncio.new_event_loop()
+
+    async def write() -> None:
+        await future
+
+    async def begin() -> asyncio.Task:
+        task = asyncio.ensure_future(write())
+        await asyncio.sleep(0)
+        return task
+
+    task = loop.run_until_complete(begin())
+    loop.close()
+    promise.set_result(None)
+    future.result()
+    assert not told
+    task._log_destroy_pending = False
+    sys.unraisablehook(types.SimpleNamespace(exc_value=RuntimeError("another")))
+    assert [str(error) for error in told] == ["another"]
 
 
 def test_killed_again_and_again_it_ends_as_if_it_had_not_been(trained, tiny_data, tmp_path):

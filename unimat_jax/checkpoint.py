@@ -62,6 +62,22 @@ def _is_no_error_of_orbax(record: logging.LogRecord) -> bool:
     return record.levelno < logging.ERROR or "orbax" not in record.pathname
 
 
+def _drop_late_writes() -> None:
+    """Where one array of a checkpoint cannot be written, orbax ends the event loop of all, and each of the others that
+    comes to its end writes a traceback to the standard error. What failed is told by `Checkpoints._told`."""
+    before = sys.unraisablehook
+    if getattr(before, "drops_late_writes", False):
+        return
+
+    def hook(unraisable: Any) -> None:
+        error = unraisable.exc_value
+        if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
+            before(unraisable)
+
+    hook.drops_late_writes = True  # pyright: ignore[reportFunctionMemberAccess]
+    sys.unraisablehook = hook
+
+
 class Checkpoints:
     """The checkpoints of one run: saved asynchronously; the last and the best by validation loss are kept."""
 
@@ -77,6 +93,7 @@ class Checkpoints:
         ]
         # Its threads log pages of traceback for what `save` or `check` raises in a sentence.
         logging.getLogger("absl").addFilter(_is_no_error_of_orbax)
+        _drop_late_writes()
         self._folder = workdir.absolute() / FOLDER
         for half in self._folder.glob("*.orbax-checkpoint-tmp*"):
             if jax.process_index() == 0:  # orbax takes it away
