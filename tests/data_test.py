@@ -1,5 +1,6 @@
 """Records on disk -> batches: each example once an epoch, the same for any number of processes, from any position."""
 
+import itertools
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -158,6 +159,43 @@ def test_cartesian_parts_are_the_global_batch_too(statistics, maker):
     assert not np.allclose(
         whole["lattice"], maker(spec=spec).batch_of(maker().indices(2), np.random.default_rng(7))["lattice"]
     )
+
+
+def test_windows_share_out_their_crystals_by_size(maker, source):
+    """Every example once an epoch, those of a batch of like sizes, each batch as large as its largest for all."""
+    by_size, plain = maker(size_window=3), maker()
+    count = source.num_atoms
+    assert count.tolist() == [len(record["slots"]) for record in source.read(range(len(source)))]
+    together = [np.concatenate([m.indices(i) for i in range(9)]) for m in (by_size, plain)]  # two epochs
+    assert sorted(together[0]) == sorted(together[1]) == sorted([*range(36)] * 2)
+    for window in range(3):
+        batches = [count[by_size.indices(3 * window + i)] for i in range(3)]
+        batches.sort(key=lambda sizes: (sizes.max(), sizes.min()))
+        assert all(a.max() <= b.min() for a, b in itertools.pairwise(batches))
+    parts = [maker(size_window=3, process_index=p, process_count=2) for p in range(2)]
+    for number in range(4):
+        whole = by_size(number)
+        largest = int(count[by_size.indices(number)].max())
+        assert whole["slot"].shape[1] == data.padded_atoms(largest, plain(0)["slot"].shape[1])
+        halves = [part(number) for part in parts]
+        assert same(whole, {name: np.concatenate([half[name] for half in halves]) for name in whole})
+
+
+def test_evaluation_by_size_holds_the_same_examples(source, spec, maker):
+    (by_size, _), (plain, _) = (
+        data.evaluation_batches(m, source, spec, num_examples=20, batch_size=SIZE)
+        for m in (maker(size_window=2), maker())
+    )
+    kept = [np.concatenate([b["index"][b["weight"] > 0] for b in batches]) for batches in (by_size, plain)]
+    assert sorted(kept[0]) == sorted(kept[1])
+    assert [b["slot"].shape[1] for b in by_size] == sorted(b["slot"].shape[1] for b in by_size)
+
+
+@pytest.mark.parametrize("num_atoms", [1, 4, 5, 17, 32, 33, 64, 65, 500, 513])
+def test_padding_wastes_less_than_a_quarter_and_no_more_than_the_largest(num_atoms):
+    padded = data.padded_atoms(num_atoms, 10_000)
+    assert num_atoms <= padded < 1.25 * num_atoms or padded == -(-num_atoms // 4) * 4
+    assert data.padded_atoms(num_atoms, num_atoms) == num_atoms
 
 
 def test_a_batch_size_that_the_processes_do_not_divide(maker):

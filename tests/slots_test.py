@@ -250,11 +250,11 @@ def test_the_loss_of_a_perfect_denoiser_is_zero():
     assert ((x > 0.2) & (x < 3)).all()  # unit size at every noise
 
 
-def sampled(objective, requests, method="ancestral", num_steps=40, start=0):
+def sampled(objective, requests, method="ancestral", num_steps=40, start=0, **changes):
     nothing = np.zeros(0, np.float32)
     arrays = objective.conditions(requests, nothing, nothing)
     arrays["indices"] = np.arange(start, start + len(requests), dtype=np.int32)
-    settings = {"log_variance_interpolation": 0.0, "guidance_weight": 0.0, "time_power": 1.0}
+    settings = {"log_variance_interpolation": 0.0, "guidance_weight": 0.0, "time_power": 1.0, **changes}
     return objective.sample({}, jax.random.key(0), arrays, num_steps=num_steps, method=method, **settings)
 
 
@@ -295,10 +295,13 @@ def pair_of(spread):
     return apply
 
 
-@pytest.mark.parametrize("method", SlotDiffusion.METHODS)
-def test_the_spread_of_the_data_is_that_of_the_samples(method):
+@pytest.mark.parametrize(
+    ("method", "num_steps", "corrector_steps"), [(m, 150, 0) for m in SlotDiffusion.METHODS] + [("ancestral", 40, 3)]
+)
+def test_the_spread_of_the_data_is_that_of_the_samples(method, num_steps, corrector_steps):
     spread, objective = 0.06, SlotDiffusion(pair_of(0.06), SPEC, **SETTINGS)
-    x, _ = sampled(objective, [Request("formula", "SrTi", {38: 1, 22: 1})] * 1500, method, 150)
+    requests = [Request("formula", "SrTi", {38: 1, 22: 1})] * 1500
+    x, _ = sampled(objective, requests, method, num_steps, corrector_steps=corrector_steps)
     sites = np.asarray(x).reshape(1500, -1, 3)
     first, second = (sites[:, SPEC.table.place_of[z]] for z in (38, 22))
     sign = 1 if SPEC.table.place_of[38] < SPEC.table.place_of[22] else -1
@@ -310,6 +313,22 @@ def test_the_spread_of_the_data_is_that_of_the_samples(method):
     else:
         assert deviation.std() == pytest.approx(spread, rel=0.06)
         assert stats.kstest(deviation / deviation.std(), "norm").pvalue > 1e-3
+
+
+def test_the_narrow_method_is_as_narrow_as_it_is_told():
+    objective = SlotDiffusion(pair_of(0.06), SPEC, **SETTINGS)
+    requests = [Request("formula", "SrTi", {38: 1, 22: 1})] * 500
+
+    def width(**settings):
+        sites = np.asarray(sampled(objective, requests, "mean", 100, **settings)[0]).reshape(500, -1, 3)
+        first, second = (sites[:, SPEC.table.place_of[z]] for z in (38, 22))
+        sign = 1 if SPEC.table.place_of[38] < SPEC.table.place_of[22] else -1
+        difference = sign * (second - first) / 2 - 0.3
+        return (difference - np.round(difference)).std()
+
+    wide, narrow, narrower = width(mean_below=0.0), width(mean_below=0.05), width(mean_below=0.3)
+    assert wide == pytest.approx(0.06, rel=0.1) and narrower < narrow < wide
+    assert width(mean_below=0.3, corrector_steps=1) < narrower
 
 
 def test_a_sample_depends_on_its_index_and_not_on_its_neighbours_or_padding():
@@ -416,6 +435,31 @@ def test_crystals_of_a_formula(slots_run, tmp_path):
         generator.generate(2, elements="Na,Cl")
     with pytest.raises(UserError, match=r"method.* = 'euler'.*'heun'"):
         generator.generate(2, formula="NaCl", method="euler")
+
+
+def test_requests_of_all_sizes_come_in_their_order_whatever_is_sampled_together(slots_run):
+    generator = Generator(slots_run)
+    requests = [Request("formula", f"Li{n}", {3: n}) for n in (3, 1, 2, 2, 1, 3, 1, 2, 3, 3)]
+    settings = generator.settings(batch_size=4)
+    batches = list(generator.sample(requests, settings, {}, seed=0))
+    assert [[s.index for s in batch] for batch in batches] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    samples = [sample for batch in batches for sample in batch]
+    assert [sample.request for sample in samples] == requests
+    (rest,) = generator.sample(requests, settings, {}, seed=0, start=9)
+    assert [sample.index for sample in rest] == [9] and rest[0].status == samples[9].status
+    if rest[0].crystal is not None:
+        np.testing.assert_array_equal(rest[0].crystal.frac_coords, samples[9].crystal.frac_coords)
+
+
+def test_crystals_of_like_sizes_are_trained_on_together(tiny_data, tmp_path):
+    changes = {"train__num_steps": 4, "train__sample_every": 0}
+    train(config(tiny_data, data__size_window=2, **changes), tmp_path / "run")
+    rows = rows_of(tmp_path / "run")
+    assert all(np.isfinite(rows[step]["train/loss"]) for step in range(1, 5)) and np.isfinite(rows[3]["eval/loss"])
+    with pytest.raises(UserError, match=r"data.size_window \(2 there, 0 now\)"):
+        train(config(tiny_data, **changes), tmp_path / "run")
+    with pytest.raises(UserError, match=r"config.data.size_window = -1"):
+        train(config(tiny_data, data__size_window=-1), tmp_path / "other")
 
 
 def test_an_export_gives_the_same_crystals(slots_run, tmp_path):

@@ -27,6 +27,7 @@ def get_config(model: str = "unet3d") -> Any:  # a ConfigDict; its fields are un
     config.data.origin_shift = 0.0  # fraction of each axis added to all coordinates: keeps sites off the wrap-around
     config.data.random_axes = False  # augmentation: order of the axes; breaks a <= b <= c of a Niggli cell
     config.data.max_train_examples = 0  # train on so many crystals of the training split (learning curves); 0: all
+    config.data.size_window = 0  # K: each K batches share out their crystals by size, with less padding; slots only
     config.data.num_threads = 2  # that read and augment
     config.data.prefetch = 8  # batches made ahead
     config.data.prepare = ConfigDict()  # options of data_prep.prepare.prepare for the quickstart, as max_atoms
@@ -74,6 +75,8 @@ def get_config(model: str = "unet3d") -> Any:  # a ConfigDict; its fields are un
     config.sample.guidance_weight = 0.0  # the paper's w, on properties
     config.sample.batch_size = 64
     config.sample.time_power = 1.0  # times are even, to this power: above 1 closer near the data
+    config.sample.mean_below = 0.2  # slots, "mean": no noise is added where it is below this share of the cell
+    config.sample.corrector_steps = 0  # slots: Langevin steps of the coordinates after each step
     return config
 
 

@@ -67,6 +67,10 @@ def parser() -> Parser:
     p.add_argument(
         "--time_power", type=float, help="above 1: the sampler's steps lie closer near the data; below 1: near noise"
     )
+    p.add_argument(
+        "--mean_below", type=float, help="slots, method mean: share of the cell below which no noise is added"
+    )
+    p.add_argument("--corrector_steps", type=int, help="slots: Langevin steps after each step, an evaluation each")
     p.add_argument("--log_variance_interpolation", type=float, help="the paper's 0.1, for ancestral sampling")
     p.add_argument("--batch_size", type=int, help="samples at a time; changes speed and memory only")
     p.add_argument("--step", type=int, help="of the checkpoint; default: the latest")
@@ -289,10 +293,10 @@ def _program(argv: Sequence[str]) -> int:
     if arguments.samples_per_composition < 1:
         raise UserError(f"--samples_per_composition={arguments.samples_per_composition}: give a number above 0")
 
-    from unimat_jax.generator import Generator
+    from unimat_jax.generator import Generator, SamplerSettings
 
     generator = Generator(arguments.checkpoint, step=arguments.step, ema=not arguments.raw_params)
-    names = ("num_steps", "method", "log_variance_interpolation", "guidance_weight", "batch_size", "time_power")
+    names = [field.name for field in dataclasses.fields(SamplerSettings)]
     settings = generator.settings(**{name: getattr(arguments, name) for name in names})
     asked = {name: getattr(arguments, name) for name in ASKED}
     if arguments.compositions_from:

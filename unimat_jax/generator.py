@@ -32,6 +32,9 @@ from unimat_jax.requests import (
 )
 from unimat_jax.train_step import COMPOSITION
 
+SORTED_BATCHES = 8
+"""Batches that are sorted by size together, and told together."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
@@ -59,6 +62,8 @@ class SamplerSettings:
     guidance_weight: float
     batch_size: int
     time_power: float = 1.0
+    mean_below: float = 0.2
+    corrector_steps: int = 0
 
     def __post_init__(self):
         if self.num_steps < 1 or self.batch_size < 1:
@@ -168,7 +173,8 @@ class Generator:
         start: int = 0,
     ) -> Iterator[list[Sample]]:
         """Batches of samples start, start + 1, ... of the requests. Sample i depends on seed, i and its request; to the
-        last bit also on its place in its batch, so that a batch that was begun is sampled whole again.
+        last bit also on its place in its batch, so that a batch that was begun is sampled whole again. Where
+        the cost follows a batch's largest crystal, SORTED_BATCHES at a time share out their requests by size.
 
         Where the checkpoint has a model of compositions, it decides first what requests without an exact one become.
         """
@@ -176,18 +182,35 @@ class Generator:
             return
         size = min(settings.batch_size, len(requests))
         size += -size % self._mesh.size
-        values, given = self.properties(condition)
-        run = self._sampler(settings, size)
+        run = functools.partial(self._sampled, self._sampler(settings, size), self.properties(condition), seed)
+        window = size * (SORTED_BATCHES if self._objective.padded else 1)
+        for first in range(start - start % window, len(requests), window):
+            last = min(first + window, len(requests))
+            indices = np.arange(first, last + (first - last) % size, dtype=np.int32)
+            asked = [requests[min(i, len(requests) - 1)] for i in indices]
+            parts = [slice(i, i + size) for i in range(0, len(asked), size)]
+            asked = [request for part in parts for request in self._composed(asked[part], indices[part], seed)]
+            order = list(range(len(asked)))
+            if self._objective.padded:
+                order.sort(key=lambda i: sum(asked[i].counts.values()))
+            found: dict[int, Sample] = {}
+            for part in parts:
+                chosen = order[part]
+                samples = run([asked[i] for i in chosen], indices[np.array(chosen)])
+                found |= {sample.index: sample for sample in samples if start <= sample.index < last}
+            for i in range(first, last, size):
+                if batch := [found[j] for j in range(max(i, start), min(i + size, last))]:
+                    yield batch
+
+    def _sampled(
+        self, run: Any, properties: Any, seed: int, requests: Sequence[Request], indices: np.ndarray
+    ) -> list[Sample]:
+        """One batch. properties: values and flags."""
+        arrays = self._objective.conditions(requests, *properties) | {"indices": indices}
+        placed = sharding.whole_to_devices(arrays, sharding.batch_sharding(self._mesh))
         key = jax.random.fold_in(jax.random.key(seed), 1)
-        for first in range(start - start % size, len(requests), size):
-            indices = np.arange(first, first + size, dtype=np.int32)
-            part = [requests[min(i, len(requests) - 1)] for i in range(first, first + size)]
-            part = self._composed(part, indices, seed)
-            arrays = self._objective.conditions(part, values, given) | {"indices": indices}
-            placed = sharding.whole_to_devices(arrays, sharding.batch_sharding(self._mesh))
-            x, lattice = (sharding.to_host(a) for a in run(self.params, key, placed))
-            wanted = range(max(start - first, 0), min(size, len(requests) - first))
-            yield [self._sample_of(first + i, part[i], x[i], lattice[i]) for i in wanted]
+        x, lattice = (sharding.to_host(a) for a in run(self.params, key, placed))
+        return [self._sample_of(int(i), requests[n], x[n], lattice[n]) for n, i in enumerate(indices)]
 
     def _composed(self, requests: list[Request], indices: np.ndarray, seed: int) -> list[Request]:
         """The requests with exact counts, where the checkpoint has a model of compositions."""

@@ -9,6 +9,7 @@ no atom was asked for.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -19,14 +20,12 @@ import numpy as np
 from unimat_jax import diffusion, torus
 from unimat_jax.densify import densify
 from unimat_jax.errors import UserError
-from unimat_jax.representation import UniMatSpec
+from unimat_jax.representation import UniMatSpec, padded_atoms
 from unimat_jax.requests import Request, count_table
 from unimat_jax.sampler import LATTICE_RANGE, ancestral_step, ddim_step, time_grid
 
-MEAN_BELOW = 0.2
-"""Noise (fractions of the cell) below which the method "mean" adds none: which atom sits where is settled by then."""
-PADDING = 4
-"""Requests are padded to a multiple of so many atoms, so that a few compiled programs serve all sizes."""
+CORRECTION = 0.2
+"""Share of the pull that a corrector step takes, with the noise that keeps the distribution (Langevin)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +41,7 @@ class SlotDiffusion:
     logsnr_max: float
     lattice_weight: float
 
+    padded = True
     METHODS = ("ancestral", "mean", "ddim", "heun")
 
     def __post_init__(self):
@@ -92,6 +92,9 @@ class SlotDiffusion:
         """Raises UserError for fields of config.sample that cannot be."""
         if settings["method"] not in self.METHODS:
             raise UserError(f"config.sample.method (--method) = {settings['method']!r}: choose from {self.METHODS}")
+        for name in ("mean_below", "corrector_steps"):
+            if settings.get(name, 0) < 0:
+                raise UserError(f"config.sample.{name} (--{name}) = {settings[name]}: give a number, or 0")
         if settings["guidance_weight"]:
             raise UserError(
                 f"config.sample.guidance_weight = {settings['guidance_weight']}: the slots model has no properties to "
@@ -115,17 +118,16 @@ class SlotDiffusion:
             place = np.repeat(np.arange(places), counts)
             level = np.concatenate([np.arange(n) for n in counts[counts > 0]])
             rows.append(level * places + place)
-        size = max(map(len, rows))
-        slot = np.full((len(rows), size + -size % PADDING), self.spec.num_slots, np.int32)
+        size = padded_atoms(max(map(len, rows)), self.spec.max_atoms)
+        slot = np.full((len(rows), size), self.spec.num_slots, np.int32)
         for target, row in zip(slot, rows, strict=True):
             target[: len(row)] = row
         return {"slot": slot}
 
     def abstract_conditions(self, num_properties: int, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes of `conditions` with the indices, for the data set's largest crystals."""
-        size = self.spec.max_atoms + -self.spec.max_atoms % PADDING
         return {
-            "slot": jax.ShapeDtypeStruct((batch_size, size), np.int32),
+            "slot": jax.ShapeDtypeStruct((batch_size, self.spec.max_atoms), np.int32),
             "indices": jax.ShapeDtypeStruct((batch_size,), np.int32),
         }
 
@@ -140,14 +142,17 @@ class SlotDiffusion:
         log_variance_interpolation: float,
         guidance_weight: float,
         time_power: float,
+        mean_below: float = 0.2,
+        corrector_steps: int = 0,
     ) -> tuple[jax.Array, jax.Array]:
         """Samples (x_0 [B, L, H, W, 3], lattice_0 [B, D]) in model units. arrays: of `conditions`, and `indices` [B].
 
         All noise of a sample comes from (key, its index), the same for an atom whatever the padding. method:
-        "ancestral", "mean" (ancestral, without noise at its end: narrower than the learned distribution), "ddim" (the
-        probability flow) or "heun" (the same, of second order, with two evaluations a step).
+        "ancestral", "mean" (ancestral, without noise where it is below `mean_below` of the cell: narrower than the
+        learned distribution), "ddim" (the probability flow) or "heun" (the same, of second order, with two evaluations
+        a step). After each step but the last, `corrector_steps` Langevin steps of the coordinates at its noise (Song et
+        al. 2021, algorithm 4), an evaluation each; without noise where "mean" has none.
         """
-        self.check_sampler({"method": method, "guidance_weight": guidance_weight})
         slot = arrays["slot"]
         mask, number = slot < self.spec.num_slots, len(slot)
         times = time_grid(num_steps, time_power)
@@ -191,10 +196,16 @@ class SlotDiffusion:
                 x_noise, lattice_noise = draw(i + 1, jax.random.normal)
                 # Between the posterior's variance and the forward process's, as `sampler.ancestral_step` has it.
                 std = sigmas[i + 1] ** (1 - log_variance_interpolation) * sigmas[i] ** log_variance_interpolation
-                quiet = last | (sigmas[i] < MEAN_BELOW) if method == "mean" else last
+                quiet = last | (method == "mean") & (sigmas[i] < mean_below)
                 next_frac = next_frac + jnp.where(quiet, 0.0, std * jnp.sqrt(1 - ratio**2)) * x_noise
                 noisy = ancestral_step(lattice, lattice_0, *logsnr, lattice_noise, log_variance_interpolation)
                 next_lattice = jnp.where(quiet, next_lattice, noisy)
+            for n in range(corrector_steps):
+                pulled = evaluate(next_frac, next_lattice, i + 1)[0]
+                noise = draw(num_steps * (n + 1) + i + 1, jax.random.normal)[0]
+                quiet = (method == "mean") & (sigmas[i] < mean_below)
+                size = jnp.where(quiet, 0.0, math.sqrt(2 * CORRECTION)) * sigmas[i + 1]
+                next_frac = jnp.where(last, next_frac, next_frac - CORRECTION * pulled + size * noise)
             return (torus.wrap(next_frac), jnp.where(last, lattice_0, next_lattice)), None
 
         start = draw(0, jax.random.uniform)

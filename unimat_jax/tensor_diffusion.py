@@ -21,6 +21,10 @@ from unimat_jax.requests import Request, count_table, element_table
 CONDITION = ("counts", "counts_given", "elements", "elements_given", "properties", "properties_given")
 
 
+SLOTS_ALONE = ("mean_below", "corrector_steps")
+"""Fields of config.sample that mean nothing here."""
+
+
 @dataclasses.dataclass(frozen=True)
 class TensorDiffusion:
     """What U-Nets learn and how they are sampled: their `apply` and the fields of config.diffusion. See
@@ -36,6 +40,8 @@ class TensorDiffusion:
     counts_share: float
     elements_share: float
     property_drop_rate: float
+
+    padded = False
 
     def __post_init__(self):
         if self.prediction_type not in diffusion.PREDICTION_TYPES:
@@ -90,6 +96,11 @@ class TensorDiffusion:
         """Raises UserError for fields of config.sample that cannot be."""
         if settings["method"] not in sampler.METHODS:
             raise UserError(f"config.sample.method (--method) = {settings['method']!r}: choose from {sampler.METHODS}")
+        if settings.get("corrector_steps"):
+            raise UserError(
+                f"config.sample.corrector_steps (--corrector_steps) = {settings['corrector_steps']}: the U-Net's "
+                "samplers have none: give 0"
+            )
 
     def conditions(self, requests: Sequence[Request], values: np.ndarray, given: np.ndarray) -> dict[str, np.ndarray]:
         """Arrays of a batch of requests and of a condition's standardised properties (`values`, `given` [P]): those of
@@ -136,7 +147,8 @@ class TensorDiffusion:
         self, params: Any, key: jax.Array, arrays: Mapping[str, jax.Array], **settings: Any
     ) -> tuple[jax.Array, jax.Array]:
         """Samples (x_0 [B, L, H, W, 3], lattice_0 [B, D]) in model units. arrays: of `conditions`, and `indices` [B];
-        settings: of `sampler.sample`."""
+        settings: of `sampler.sample`, and those of slots alone."""
+        settings = {name: value for name, value in settings.items() if name not in SLOTS_ALONE}
         cond = make_condition(*(arrays[name] for name in CONDITION))
         free = free_sites(cond, self.spec)
         return sampler.sample(

@@ -132,7 +132,8 @@ class _Training:
         augmentation = {name: config.data[name] for name in switches}
         self.batches = data.BatchMaker(
             self.source, self.spec, self.schema, batch_size=config.train.batch_size, seed=config.train.seed,
-            augmentation=augmentation, process_index=jax.process_index(), process_count=jax.process_count(),
+            augmentation=augmentation, size_window=config.data.size_window,
+            process_index=jax.process_index(), process_count=jax.process_count(),
         )  # fmt: skip
         self.eval_batches, self.eval_note = [], ""
         for split in ("validation", "train"):  # the training set itself where no validation crystal fits the model
@@ -141,6 +142,7 @@ class _Training:
                 maker = data.BatchMaker(
                     source, self.spec, self.schema, batch_size=config.train.batch_size, seed=0,
                     augmentation={**augmentation, "random_shift": False, "random_axes": False},
+                    size_window=config.data.size_window,
                 )  # fmt: skip
                 self.eval_batches, left_out = data.evaluation_batches(
                     maker, source, self.spec, num_examples=config.train.eval_examples,
@@ -165,7 +167,7 @@ class _Training:
         c = self.config.train
         self.writer = MetricWriter(self.workdir, self.first)
         self.progress = Progress(c.num_steps, c.batch_size, self.step, self.first)
-        self.sampled = sample_check(self.run, self.eval_batches[0], self.config, self.mesh)
+        self.sampled = sample_check(self.run, self.eval_batches[len(self.eval_batches) // 2], self.config, self.mesh)
         # Whatever ends the loop, a checkpoint that is being written is finished first.
         with contextlib.ExitStack() as closing:
             closing.enter_context(contextlib.closing(self.checkpoints))
@@ -187,16 +189,16 @@ class _Training:
         self.metrics: dict[str, float] = {}
         if self.step == 0:
             self._evaluate()
-        compiled, previous = False, None
+        compiled, previous = set(), None
         while self.step < c.num_steps:
             begin = time.monotonic()
             number, batch = self._next_batch(stop)
             self.progress.waited(time.monotonic() - begin)
             begin = time.monotonic()
             self.state, step_metrics = self.run.train_step(self.state, batch, self.step_key)
-            if not compiled:
+            if batch["slot"].shape not in compiled:
                 self.progress.left_out(time.monotonic() - begin)
-            compiled = True
+            compiled.add(batch["slot"].shape)
             self.step += 1
             # A step's numbers are read only after the next step is under way: the device never idles.
             if previous is not None and not self._accept(previous):

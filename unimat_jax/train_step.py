@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,9 @@ class Objective(Protocol):
     exports and compiles them. Made of a network's `apply`, the spec and the fields of config.diffusion; raises
     UserError for fields that cannot be. `init_arguments(spec, num_properties)` gives the network's arguments.
     """
+
+    padded: ClassVar[bool]
+    """Whether a batch is as large as its largest crystal, so that crystals of like sizes belong together."""
 
     @property
     def apply(self) -> Callable[..., tuple[jax.Array, jax.Array]]: ...

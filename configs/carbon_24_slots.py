@@ -1,0 +1,35 @@
+"""Carbon-24 on a laptop, without the null sites: a transformer over 6 to 24 atoms of carbon.
+
+unimat prepare --dataset=carbon_24 --source=DIR_WITH_CDVAE_CSV_FILES --data_dir=data
+unimat train --config=carbon_24_slots --workdir=runs/carbon_24_slots
+
+Cost and result: not run.
+"""
+
+from unimat_jax import default_config
+
+
+def get_config():
+    config = default_config.get_config("slots")
+    config.data.dataset = "carbon_24"
+    config.data.table = "C"
+    config.data.random_shift = False  # the network sees differences of coordinates alone
+    config.data.shuffle_atoms = False  # and does not know one atom from another
+    config.data.size_window = 16  # 9 atoms on average, 24 at most
+    config.model.dropout_rate = 0.1
+    config.composition.width = 16  # how many atoms, for samples without a formula
+    config.diffusion.sigma_min = 0.005
+    config.optimizer.learning_rate = 1e-3
+    config.optimizer.schedule = "cosine"
+    config.optimizer.warmup_steps = 200
+    config.optimizer.weight_decay = 0.05
+    config.optimizer.ema_decay = 0.999
+    config.train.num_steps = 7_000
+    config.train.batch_size = 128
+    config.train.checkpoint_every = 500
+    config.train.eval_every = 1_000
+    config.train.eval_examples = 512
+    config.sample.num_steps = 100
+    config.sample.time_power = 0.5
+    config.sample.batch_size = 128
+    return config
