@@ -3,12 +3,14 @@
     python -m benchmarks.perov_samplers --checkpoint=runs/perov_5_slots --reference=perov_5/val.npz --num_samples=500 \
         --settings mean:100 mean:20 ancestral:100 ddim:50 heun:25 --output=benchmarks/perov_slots/samplers.json
 
-A setting is METHOD:STEPS, or METHOD:STEPS:TIME_POWER. The rows are those of perov_unet.py, failures in every
+A setting is METHOD:STEPS, or METHOD:STEPS:FIELD=VALUE,... with the fields of config.sample; what is not given is the
+checkpoint's. The rows are those of perov_unet.py, failures in every
 denominator; crystals a second without the first batch, which compiles. No training structure is looked at.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 import time
@@ -26,14 +28,22 @@ from unimat_jax.crystal import Crystal
 from unimat_jax.errors import UserError
 
 
+FIELDS = ("method", "num_steps", "time_power", "mean_below", "corrector_steps")
+
+
 def setting_of(text: str) -> dict[str, Any]:
-    """{"method": ..., "num_steps": ..., "time_power": ...} of "mean:100" or "heun:25:1.5". Raises UserError."""
-    method, *numbers = text.split(":")
+    """Fields of config.sample of "mean:100", "heun:25:time_power=1.5,corrector_steps=1". Raises UserError."""
+    method, steps, *rest = [*text.split(":"), "", ""][:3]
     try:
-        steps, *power = numbers
-        return {"method": method, "num_steps": int(steps), "time_power": float(*power) if power else 1.0}
-    except (ValueError, TypeError) as error:
-        raise UserError(f"--settings {text}: write METHOD:STEPS or METHOD:STEPS:TIME_POWER, as mean:100") from error
+        pairs = [pair.split("=") for pair in rest[0].split(",") if pair]
+        numbers = {name: int(value) if name == "corrector_steps" else float(value) for name, value in pairs}
+        if numbers.keys() - {"time_power", "mean_below", "corrector_steps"}:
+            raise ValueError
+        return {"method": method, "num_steps": int(steps), **numbers}
+    except ValueError as error:
+        raise UserError(
+            f"--settings {text}: write METHOD:STEPS, or METHOD:STEPS:time_power=0.5,mean_below=0.3,corrector_steps=1"
+        ) from error
 
 
 def generate(generator: Any, references: Sequence[Crystal], setting: dict[str, Any], batch_size: int, seed: int) -> Any:
@@ -76,15 +86,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         "model": generator.description["model"]["name"], "batch_size": arguments.batch_size,
         "commit": commit(), "machine": machine(), "rows": [],
     }  # fmt: skip
-    for setting in chosen:
+    for text, setting in zip(arguments.settings, chosen, strict=True):
         samples, rate = generate(generator, references, setting, arguments.batch_size, arguments.seed)
-        row = {**setting, **measure(samples, f"{setting['method']}:{setting['num_steps']}"), "crystals_per_s": rate}
+        used = {k: v for k, v in dataclasses.asdict(generator.settings(**setting)).items() if k in FIELDS}
+        row = {**used, **measure(samples, text), "crystals_per_s": rate}
         result["rows"].append(row)
         rmse = "-" if row["rms_dist"] is None else f"{row['rms_dist']:.4f}"
         speed = "" if rate is None else f"  {rate:.0f} crystals/s"
         print(
-            f"{setting['method']:>9} {setting['num_steps']:>4} steps (power {setting['time_power']:g})  match "
-            f"{100 * row['match_rate']:.1f} %  RMSE {rmse}  min distance {100 * row['min_distance']:.1f} %  failures "
+            f"{text:>40}  match {100 * row['match_rate']:.1f} %  RMSE {rmse}  min distance {100 * row['min_distance']:.1f} %  failures "
             f"{row['num_failures']}{speed}",
             flush=True,
         )

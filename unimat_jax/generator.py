@@ -187,7 +187,7 @@ class Generator:
         for first in range(start - start % window, len(requests), window):
             last = min(first + window, len(requests))
             indices = np.arange(first, last + (first - last) % size, dtype=np.int32)
-            asked = [requests[min(i, len(requests) - 1)] for i in indices]
+            asked = [requests[min(i, len(requests) - 1)] for i in indices.tolist()]
             parts = [slice(i, i + size) for i in range(0, len(asked), size)]
             asked = [request for part in parts for request in self._composed(asked[part], indices[part], seed)]
             order = list(range(len(asked)))
