@@ -27,7 +27,6 @@ from unimat_jax.cli import Parser, run_program
 from unimat_jax.crystal import Crystal
 from unimat_jax.errors import UserError
 
-
 FIELDS = ("method", "num_steps", "time_power", "mean_below", "corrector_steps")
 
 
@@ -93,11 +92,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         result["rows"].append(row)
         rmse = "-" if row["rms_dist"] is None else f"{row['rms_dist']:.4f}"
         speed = "" if rate is None else f"  {rate:.0f} crystals/s"
-        print(
-            f"{text:>40}  match {100 * row['match_rate']:.1f} %  RMSE {rmse}  min distance {100 * row['min_distance']:.1f} %  failures "
-            f"{row['num_failures']}{speed}",
-            flush=True,
-        )
+        shares = f"match {100 * row['match_rate']:.1f} %  RMSE {rmse}  min distance {100 * row['min_distance']:.1f} %"
+        print(f"{text:>40}  {shares}  failures {row['num_failures']}{speed}", flush=True)
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         arguments.output.write_text(json.dumps(result, indent=1) + "\n")
     return 0
