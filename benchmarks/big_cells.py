@@ -7,7 +7,7 @@ python -m benchmarks.big_cells --source=cells.extxyz --sampled=out      nearest 
 Supercells are those of real elements and binary compounds, as near to cubes as whole multiples make them. Of each size
 the one with the most atoms of one element is measured (255 is the most that a record holds), one crystal a step, on
 whatever jax finds; the U-Net's operations are counted, and with --compile_unet its memory is the compiler's: it is not
-run. Exponents are slopes of log cost against log atoms, over the last three sizes.
+run. Exponents are slopes of log cost against log atoms, over the three largest sizes.
 """
 
 from __future__ import annotations
@@ -181,13 +181,13 @@ def measure(name: str, crystal: Crystal, rounds: int, compile_unet: bool) -> dic
 
 
 def exponents(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """For each variant and cost the slope over its last three sizes, and of the U-Net's against L as well."""
+    """For each variant and cost the slope over its three largest sizes."""
     result: dict[str, dict[str, float]] = {}
     for name in VARIANTS:
         for cost in COSTS:
-            points = [(row["atoms"], row[cost]) for row in rows if row["variant"] == name and cost in row][-3:]
-            if len(points) == 3:
-                slope = np.polyfit(*np.log(np.array(points, float)).T, 1)[0]
+            points = sorted((row["atoms"], row[cost]) for row in rows if row["variant"] == name and cost in row)
+            if len(points) > 2:
+                slope = np.polyfit(*np.log(np.array(points[-3:], float)).T, 1)[0]
                 result.setdefault(name, {})[cost] = round(float(slope), 2)
     return result
 
