@@ -14,8 +14,9 @@ from scipy import stats
 from unimat_jax import default_config, diffusion, models, sharding, torus
 from unimat_jax.assembly import create_objective, init_arguments, sampler_program
 from unimat_jax.errors import UserError
+from unimat_jax.flops import count_flops
 from unimat_jax.generator import Generator
-from unimat_jax.models.slots import shortest_distances
+from unimat_jax.models.slots import nearest, shortest_distances
 from unimat_jax.periodic_table import Table
 from unimat_jax.representation import UniMatSpec, decode, lattice_matrix
 from unimat_jax.requests import Request
@@ -74,6 +75,20 @@ def test_distances_are_the_shortest_of_all_images_in_reduced_cells():
         np.testing.assert_allclose(found[0], matrix.get_all_distances(frac, frac), atol=2e-3)
 
 
+def test_the_nearest_atoms_in_a_reduced_cell_are_found_and_no_padded_one():
+    rng = np.random.default_rng(0)
+    for _ in range(5):
+        matrix = Lattice(rng.normal(size=(3, 3)) + 4 * np.eye(3)).get_niggli_reduced_lattice()
+        frac, mask = rng.random((12, 3)), np.arange(12) < 9
+        metric = (matrix.matrix @ matrix.matrix.T)[None].astype(np.float32)
+        found = np.asarray(nearest(jnp.asarray(frac, jnp.float32)[None], metric, jnp.asarray(mask)[None], 10))[0]
+        distances = matrix.get_all_distances(frac, frac)
+        order = np.argsort(np.where(mask, distances, np.inf), axis=1)
+        assert (found[:9, 0] == np.arange(9)).all() and (found[:, :9] < 9).all() and (found[:, 9] >= 9).all()
+        # In a cell with other angles than 90 the wrapped image is nearly always the nearest one.
+        assert (found[:9, :2] == order[:9, :2]).mean() > 0.95 and (found[:9, :5] == order[:9, :5]).mean() > 0.8
+
+
 @pytest.mark.parametrize("form", ["parameters", "log_metric"])
 def test_the_metric_is_that_of_the_decoded_cell(form):
     spec = UniMatSpec(
@@ -121,10 +136,14 @@ def slots_of(counts, size):
 CASES = [(1, 0, 0), (1, 1, 3), (4, 8, 12)]
 
 
-@pytest.fixture(scope="module")
-def predict():
+@pytest.fixture(scope="module", params=[0, 4], ids=["all pairs", "4 neighbours"])
+def predict(request):
     """frac [A, 3], counts, size -> (pull [size, 3], lattice) of a wild network."""
-    network, params = network_with()
+    return predictor(request.param)
+
+
+def predictor(neighbours):
+    network, params = network_with(neighbours=neighbours)
     objective = SlotDiffusion(network.apply, SPEC, **SETTINGS)
     run = jax.jit(lambda frac, lattice, t, slot: objective._predict(params, frac, lattice, t, slot))
 
@@ -183,7 +202,36 @@ def test_padding_changes_nothing_whatever_it_holds(predict, counts):
         assert (padded[number:] == 0).all()
 
 
-@pytest.mark.parametrize("changes", [{}, {"distances": False}, {"remat": True, "dropout_rate": 0.1}])
+def test_as_many_neighbours_as_atoms_are_all_pairs_and_fewer_still_see_the_far_ones():
+    counts = (1, 8, 12)
+    frac, every = places(counts), predictor(0)
+    expected = every(frac, counts)
+    for x, y in zip(predictor(21)(frac, counts), expected, strict=True):
+        np.testing.assert_array_equal(x, y)
+    close([predictor(21)(frac, counts, 24)[0][:21]], expected[:1])  # padded: chosen among, and none unseen
+    few = predictor(4)
+    assert np.abs(few(frac, counts)[0] - expected[0]).max() > 0.01
+    # 2 of 20 alike are not among an atom's 4 nearest; whichever element they are, it notices.
+    frac[:] = np.linspace(0, 0.4, 21)[:, None] ** 2
+    first, second = few(frac, (1, 8, 12))[0], few(frac, (1, 10, 10))[0]
+    assert np.abs(first[0] - second[0]).max() > 1e-3
+
+
+def test_with_neighbours_operations_grow_with_the_atoms_alone():
+    network, params = network_with(neighbours=4)
+    objective = SlotDiffusion(network.apply, SPEC, **SETTINGS)
+
+    def flops(size):
+        arguments = jnp.zeros((1, size, 3)), jnp.zeros((1, 6)), jnp.zeros(1), jnp.zeros((1, size), jnp.int32)
+        return count_flops(lambda *a: objective._predict(params, *a), *arguments)
+
+    assert flops(80) - flops(40) == 2 * (flops(40) - flops(20)) > 0
+
+
+NEAR = {"neighbours": 3, "remat": True, "dropout_rate": 0.1}
+
+
+@pytest.mark.parametrize("changes", [{}, {"distances": False}, {"remat": True, "dropout_rate": 0.1}, NEAR])
 def test_gradients_are_finite_where_atoms_overlap_and_cells_are_none(changes):
     network, params = network_with(**changes)
     objective = SlotDiffusion(network.apply, SPEC, **SETTINGS)
@@ -215,7 +263,12 @@ def test_bfloat16_is_near_float32():
 
 
 def test_choices_that_do_not_exist():
-    for changes, said in (({"dtype": "float16"}, "float16"), ({"heads": 3}, "multiple"), ({"depth": 0}, "above 0")):
+    for changes, said in (
+        ({"dtype": "float16"}, "float16"),
+        ({"heads": 3}, "multiple"),
+        ({"depth": 0}, "above 0"),
+        ({"neighbours": -1}, "neighbours = -1"),
+    ):
         with pytest.raises(UserError, match=said):
             models.create("slots", **SMALL | changes)
 
@@ -460,6 +513,15 @@ def test_crystals_of_like_sizes_are_trained_on_together(tiny_data, tmp_path):
         train(config(tiny_data, **changes), tmp_path / "run")
     with pytest.raises(UserError, match=r"config.data.size_window = -1"):
         train(config(tiny_data, data__size_window=-1), tmp_path / "other")
+
+
+def test_a_run_with_neighbours(tiny_data, tmp_path):
+    train(config(tiny_data, model__neighbours=2, model__remat=True, train__num_steps=3), tmp_path)
+    assert all(np.isfinite(row["train/loss"]) for step, row in rows_of(tmp_path).items() if step)
+    generator = Generator(tmp_path)
+    assert generator.spec.max_atoms > 2
+    samples = generator.generate(2, formula="Li2O", seed=3)
+    assert {sample.crystal.formula for sample in samples if sample.crystal is not None} <= {"Li2O"}
 
 
 def test_an_export_gives_the_same_crystals(slots_run, tmp_path):

@@ -121,6 +121,7 @@ def _slots() -> tuple[Any, Any]:
     model.mlp_factor = 2  # width of the hidden layer of a token, in widths
     model.dropout_rate = 0.0
     model.distances = True  # pair geometry: distances in the noisy cell (Angstrom), beside fractional differences
+    model.neighbours = 0  # K > 0: each atom attends to its K nearest and the mean of all; 0: to all (dear in big cells)
     model.dtype = "float32"  # as the U-Net's
     model.remat = False  # as the U-Net's
 

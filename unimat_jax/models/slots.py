@@ -3,6 +3,9 @@
 Everything that it sees of coordinates are differences between atoms, periodic: shifting all atoms, or taking another
 image of one, changes nothing. Atoms of one element differ by where they are alone, so that permuting them permutes what
 comes out.
+
+All atoms attend to all, or each to the nearest ones and to one entry that stands for the others: the same parameters,
+and costs that grow with the atoms instead of their pairs.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ _IMAGES = tuple((i, j, k) for i in (-1, 0, 1) for j in (-1, 0, 1) for k in (-1, 
 
 
 def shortest_distances(difference: jax.Array, metric: jax.Array) -> jax.Array:
-    """Distances [B, A, A] (Angstrom) of fractional differences [B, A, A, 3] in [-1/2, 1/2] to the nearest of 27 images,
+    """Distances [B, A, N] (Angstrom) of fractional differences [B, A, N, 3] in [-1/2, 1/2] to the nearest of 27 images,
     enough for reduced cells. metric [B, 3, 3]: of the cell, Angstrom^2; where it belongs to no cell, squares below zero
     count as zero. From an atom to itself: zero."""
     images = jnp.array(_IMAGES, jnp.float32)
@@ -34,10 +37,25 @@ def shortest_distances(difference: jax.Array, metric: jax.Array) -> jax.Array:
     return jnp.sqrt(jnp.maximum((own[..., None] + 2 * cross + shift[:, None, None]).min(-1), 0.0))
 
 
-def pair_features(frac: jax.Array, metric: jax.Array | None) -> jax.Array:
-    """[B, A, A, F] of fractional coordinates [B, A, 3]: waves of the differences and, with a metric, a radial basis of
-    the distances in the cell."""
-    difference = frac[:, :, None] - frac[:, None]
+def nearest(frac: jax.Array, metric: jax.Array, mask: jax.Array, number: int) -> jax.Array:
+    """Indices [B, A, number] of the atoms nearest to each, itself among them and padded ones (mask [B, A] zero) last,
+    by the wrapped difference of fractional coordinates [B, A, 3]: in a skewed cell some other image may be nearer.
+    Of atoms equally far the first ones."""
+    # Axis by axis, so that nothing but the squares has A x A entries.
+    wrapped = [d - jnp.round(d) for d in jnp.moveaxis(frac, -1, 0)[..., None] - jnp.moveaxis(frac, -1, 0)[..., None, :]]
+    square = sum(metric[:, x, y, None, None] * wrapped[x] * wrapped[y] for x in range(3) for y in range(3))
+    return jax.lax.top_k(jnp.where(mask[:, None] > 0, -square, -jnp.inf), number)[1]
+
+
+def rows(x: jax.Array, indices: jax.Array) -> jax.Array:
+    """Rows [B, A, N, ...] of x [B, M, ...] at indices [B, A, N]."""
+    return jax.vmap(lambda x, i: x[i])(x, indices)
+
+
+def pair_features(frac: jax.Array, others: jax.Array, metric: jax.Array | None) -> jax.Array:
+    """[B, A, N, F] of fractional coordinates [B, A, 3] and of those that each is compared with, [B, A or 1, N, 3]:
+    waves of the differences and, with a metric, a radial basis of the distances in the cell."""
+    difference = frac[:, :, None] - others
     features = [f(2 * jnp.pi * k * difference) for k in range(1, WAVES + 1) for f in (jnp.sin, jnp.cos)]
     if metric is not None:
         distance = shortest_distances(difference - jnp.round(difference), metric)[..., None]
@@ -62,8 +80,9 @@ def _norm(x: jax.Array, scale: jax.Array, shift: jax.Array) -> jax.Array:
 class SlotBlock(nn.Module):
     """Attention, then a layer for each token. `condition` [B, E] scales and shifts what both read and add.
 
-    A function of `pairs` [B, A, A, F] and the condition is added to the attention's logits and, averaged with its
-    weights, to its values. blocked [B, 1, A, 1]: minus infinity where there is no atom.
+    A function of `pairs` [B, A, N, F] and the condition is added to the attention's logits and, averaged with its
+    weights, to its values, and so is `offset` [B, A or 1, N, 1] to the logits. near: None where each attends to all
+    (N = A), or the indices [B, A, N] of those attended to, of which A is the mean of all by weights `share` [B, A].
     """
 
     heads: int
@@ -73,7 +92,14 @@ class SlotBlock(nn.Module):
 
     @nn.compact
     def __call__(
-        self, tokens: jax.Array, pairs: jax.Array, blocked: jax.Array, condition: jax.Array, train: bool
+        self,
+        tokens: jax.Array,
+        pairs: jax.Array,
+        offset: jax.Array,
+        condition: jax.Array,
+        near: jax.Array | None,
+        share: jax.Array,
+        train: bool,
     ) -> jax.Array:
         b, a, width = tokens.shape
         heads, dtype = self.heads, tokens.dtype
@@ -81,12 +107,18 @@ class SlotBlock(nn.Module):
         scale_in, shift_in, gate_in, scale_mlp, shift_mlp, gate_mlp = jnp.split(film, 6, -1)
         h = _norm(tokens, scale_in, shift_in)
         q, key, v = (x.reshape(b, a, heads, -1) for x in jnp.split(Dense(3 * width, name="qkv")(h), 3, -1))
+        each = "bjhd"
+        if near is not None:
+            each = "bijhd"
+            both = jnp.concatenate([key, v], -1)
+            mean = jnp.einsum("bj,bjhd->bhd", share, both, preferred_element_type=jnp.float32).astype(dtype)
+            key, v = jnp.split(rows(jnp.concatenate([both, mean[:, None]], 1), near), 2, -1)
         by_noise = Dense(self.pair_width, use_bias=False, name="pair_condition")(condition)[:, None, None]
         pair = nn.silu(Dense(self.pair_width, name="pair_in")(pairs) + by_noise.astype(dtype))
-        logits = jnp.einsum("bihd,bjhd->bijh", q, key, preferred_element_type=jnp.float32) / jnp.sqrt(width / heads)
-        logits = logits + Dense(heads, name="pair_bias")(pair) + blocked
+        logits = jnp.einsum(f"bihd,{each}->bijh", q, key, preferred_element_type=jnp.float32) / jnp.sqrt(width / heads)
+        logits = logits + Dense(heads, name="pair_bias")(pair) + offset
         weights = nn.softmax(logits.astype(jnp.float32), axis=2).astype(dtype)
-        values = jnp.einsum("bijh,bjhd->bihd", weights, v).reshape(b, a, width)
+        values = jnp.einsum(f"bijh,{each}->bihd", weights, v).reshape(b, a, width)
         geometry = jnp.einsum("bijh,bijp->bihp", weights, pair).reshape(b, a, heads * self.pair_width)
         added = Dense(width, name="out")(jnp.concatenate([values, geometry], -1))
         dropout = nn.Dropout(self.dropout_rate, deterministic=not train)
@@ -101,8 +133,11 @@ class SlotTransformer(nn.Module):
     table, all zero where padded).
 
     distances: the pair geometry has a radial basis of distances in the noisy cell, beside waves of fractional
-    differences. dtype: of activations and products; parameters, norms, softmax and outputs stay float32. remat:
-    compute each block again for its gradient. Raises ValueError for a choice that does not exist.
+    differences. neighbours: K > 0: each atom attends to the K nearest in the noisy cell, itself among them, and to one
+    entry for all others, which stands for as many as they are: the mean of all keys and values, with the mean geometry
+    of what is far (waves and basis zero). As without where there are no more than K atoms. dtype: of activations and
+    products; parameters, norms, softmax and outputs stay float32. remat: compute each block again for its gradient.
+    Raises ValueError for a choice that does not exist.
     """
 
     width: int = 128
@@ -112,6 +147,7 @@ class SlotTransformer(nn.Module):
     mlp_factor: int = 2
     dropout_rate: float = 0.0
     distances: bool = True
+    neighbours: int = 0
     dtype: str = "float32"
     remat: bool = False
 
@@ -121,6 +157,8 @@ class SlotTransformer(nn.Module):
         for name in ("width", "depth", "heads", "pair_width", "mlp_factor"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)}: give a whole number above 0")
+        if self.neighbours < 0:
+            raise ValueError(f"neighbours = {self.neighbours}: give a whole number above 0, or 0 for all atoms")
         if self.width % self.heads:
             raise ValueError(f"width = {self.width} does not divide by heads = {self.heads}: choose a multiple")
         super().__post_init__()
@@ -143,13 +181,25 @@ class SlotTransformer(nn.Module):
 
         place = jnp.concatenate([atoms.reshape(b, a, h * w), atoms.sum(3), atoms.sum(2)], -1)
         tokens = Dense(self.width, kernel_init=nn.initializers.normal(0.5), name="elements")(place).astype(dtype)
-        pairs = pair_features(frac, metric if self.distances else None).astype(dtype)
-        blocked = jnp.where(mask > 0, 0.0, -1e9)[:, None, :, None]
-        block = nn.remat(SlotBlock, static_argnums=(5,)) if self.remat else SlotBlock
+        blocked = jnp.where(mask > 0, 0.0, -1e9)
+        share = mask / jnp.maximum(mask.sum(1, keepdims=True), 1)
+        if 0 < self.neighbours < a:
+            near = nearest(frac, metric, mask, self.neighbours)
+            others, offset = rows(frac, near), rows(blocked, near)
+            unseen = mask.sum(1) - self.neighbours
+            crowd = jnp.where(unseen > 0, jnp.log(jnp.maximum(unseen, 1)), -1e9)[:, None, None]
+            near = jnp.pad(near, ((0, 0), (0, 0), (0, 1)), constant_values=a)
+            offset = jnp.concatenate([offset, jnp.broadcast_to(crowd, (b, a, 1))], -1)
+        else:
+            near, others, offset = None, frac[:, None], blocked[:, None]
+        pairs = pair_features(frac, others, metric if self.distances else None).astype(dtype)
+        if near is not None:
+            pairs = jnp.pad(pairs, ((0, 0), (0, 0), (0, 1), (0, 0)))
+        block = nn.remat(SlotBlock, static_argnums=(7,)) if self.remat else SlotBlock
         narrow = condition.astype(dtype)
         for i in range(self.depth):
             tokens = block(self.heads, self.pair_width, self.mlp_factor, self.dropout_rate, name=f"block_{i}")(
-                tokens, pairs, blocked, narrow, train
+                tokens, pairs, offset[..., None], narrow, near, share, train
             )
         film = Dense(2 * self.width, kernel_init=zeros_init, name="film_out")(condition)[:, None]
         tokens = _norm(tokens.astype(jnp.float32), *jnp.split(film, 2, -1))
