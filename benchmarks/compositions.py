@@ -70,7 +70,7 @@ def train(model: CompositionModel, config: Any, batches: data.BatchMaker, num_st
 def log_likelihoods(model: CompositionModel, params: Any, tables: np.ndarray) -> np.ndarray:
     """Exact, of counts [B, P] (nats): the sum over all orders of the elements, through all of their subsets."""
     next_of, count_of, result = jax.jit(model.element_logits), jax.jit(model.count_logits), np.zeros(len(tables))
-    sizes = np.asarray(model.size_logits(params))
+    sizes = np.asarray(model.size_logits(params))[0]
     for k in np.unique((tables > 0).sum(1)):
         rows = np.flatnonzero((tables > 0).sum(1) == k)
         counts = tables[rows]

@@ -88,7 +88,7 @@ def wild():
 
 def probabilities(model, params):
     """{composition: probability} of all that can be, through every order of their elements."""
-    sizes = np.exp(model.size_logits(params))
+    sizes = np.exp(model.size_logits(params))[0]
     elements = np.flatnonzero(SPEC.table.atomic_numbers.ravel())
     subsets = [s for k in range(len(elements) + 1) for s in itertools.combinations(elements.tolist(), k)]
     next_of, count_of = jax.jit(model.element_logits), jax.jit(model.count_logits)
@@ -193,6 +193,41 @@ def test_conditions_hold_always_and_leave_the_rest_as_learned(which, request_, h
     if which is learned:
         expected = {f: p for f, p in probabilities(model, params).items() if holds(*content(f))}
         assert distance(samples, expected) < 0.06
+
+
+def test_it_learns_what_a_property_tells():
+    """Lithium compounds have one value, the others another; half of the values are missing."""
+    model = CompositionModel(models.create_composition(3, 5, **SETTINGS), SPEC, 1, property_drop_rate=0.3)
+    params = model.network.init(jax.random.key(0), *model.init_arguments())["params"]
+    slots = jnp.asarray(slots_of([table_of(f) for f in DATA]))
+    values = jnp.array([[1.0 if "Li" in f else -1.0] for f in DATA])
+    shares = jnp.log(jnp.array(list(DATA.values())))
+    optimizer = optax.adam(optax.cosine_decay_schedule(1e-2, 400))
+
+    def step(carry, key):
+        params, state = carry
+        data_key, loss_key, missing_key = jax.random.split(key, 3)
+        chosen = jax.random.categorical(data_key, shares, shape=(128,))
+        missing = jax.random.bernoulli(missing_key, 0.5, (128, 1))
+        batch = {"slot": slots[chosen], "properties": jnp.where(missing, jnp.nan, values[chosen])}
+        gradients = jax.grad(lambda p: model.losses(p, batch, loss_key, train=True).mean())(params)
+        updates, state = optimizer.update(gradients, state)
+        return (optax.apply_updates(params, updates), state), None
+
+    run = jax.jit(lambda carry: jax.lax.scan(step, carry, jax.random.split(jax.random.key(1), 400)))
+    (params, _), _ = run((params, optimizer.init(params)))
+    sample = jax.jit(model.sample, static_argnames="proposals")
+
+    def lithium(request, *condition):
+        arrays = model.conditions([request] * 1000, *condition) | {"indices": np.arange(1000, dtype=np.int32)}
+        tables = np.asarray(sample(params, jax.random.key(2), arrays)).reshape(1000, -1)
+        return np.mean(["Li" in formula_of(table) for table in tables])
+
+    free, given = Request("none"), np.ones(1)
+    assert lithium(free, np.array([1.0]), given) > 0.95 and lithium(free, np.array([-1.0]), given) < 0.05
+    assert lithium(free) == pytest.approx(0.8, abs=0.06) == lithium(free, np.array([-1.0]), np.zeros(1))
+    with_oxygen = Request("contains", "O", elements=(8,))
+    assert lithium(with_oxygen, np.array([1.0]), given) > 0.95
 
 
 def test_a_draw_depends_on_its_index_alone():

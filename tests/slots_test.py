@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from pymatgen.core import Lattice
 from scipy import stats
+from tiny_run import PROPERTY
 
 from unimat_jax import default_config, diffusion, models, sharding, torus
 from unimat_jax.assembly import create_objective, init_arguments, sampler_program
@@ -384,6 +385,25 @@ def test_the_narrow_method_is_as_narrow_as_it_is_told():
     assert width(mean_below=0.3, corrector_steps=1) < narrower
 
 
+@pytest.mark.parametrize(("guidance_weight", "expected"), [(0.0, 0.2), (1.0, 0.4), (2.0, 0.6)])
+def test_guidance_is_the_papers_on_the_properties(guidance_weight, expected):
+    """The lattice goes where the value says, the further the larger w; where no value is given, where none leads."""
+
+    def apply(variables, frac, lattice, t, metric, atoms, properties=None, **options):
+        alpha, sigma = diffusion.alpha_sigma(diffusion.cosine_logsnr(t, -12, 12)[:, None])
+        clean = 0.1 * properties[:, :1] + 0.0 * lattice
+        return jnp.zeros_like(frac), (alpha * lattice - clean) / sigma  # v
+
+    objective = SlotDiffusion(apply, SPEC, **SETTINGS)
+    for given, wanted in ((1.0, expected), (0.0, 0.0)):
+        arrays = objective.conditions([STO], np.array([2.0]), np.array([given]))
+        assert arrays["properties"].tolist() == [[2.0 * given, given]]
+        arrays["indices"] = np.zeros(1, np.int32)
+        settings = {"log_variance_interpolation": 0.0, "time_power": 1.0, "guidance_weight": guidance_weight}
+        _, cell = objective.sample({}, jax.random.key(0), arrays, num_steps=40, method="ddim", **settings)
+        np.testing.assert_allclose(cell, wanted, atol=1e-2)
+
+
 def test_a_sample_depends_on_its_index_and_not_on_its_neighbours_or_padding():
     network, params = network_with()
     apply = functools.partial(lambda v, *a, **k: network.apply({"params": params}, *a, **k))
@@ -418,10 +438,8 @@ def test_bad_settings_are_named():
         make(SETTINGS | {"null_weight": 0.1}, SPEC)
     with pytest.raises(UserError, match=r"coordinates = 'cartesian'"):
         make(SETTINGS, UniMatSpec(3, 5, SPEC.table, "cartesian", "matrix", (0.0,) * 9, (1.0,) * 9))
-    with pytest.raises(UserError, match=r"properties.*unet3d"):
-        init_arguments(SPEC, 1, "slots")
-    with pytest.raises(UserError, match="guidance_weight = 1"):
-        make(SETTINGS, SPEC).check_sampler({"method": "ddim", "guidance_weight": 1})
+    with pytest.raises(UserError, match=r"corrector_steps.*= -1"):
+        make(SETTINGS, SPEC).check_sampler({"method": "ddim", "corrector_steps": -1})
 
 
 # A run
@@ -522,6 +540,29 @@ def test_a_run_with_neighbours(tiny_data, tmp_path):
     assert generator.spec.max_atoms > 2
     samples = generator.generate(2, formula="Li2O", seed=3)
     assert {sample.crystal.formula for sample in samples if sample.crystal is not None} <= {"Li2O"}
+
+
+def test_a_run_with_a_property(tiny_data, tmp_path):
+    changes = {
+        "data__properties": (PROPERTY,),
+        "composition__width": 8,
+        "train__num_steps": 3,
+        "train__sample_every": 0,
+    }
+    train(config(tiny_data, **changes), tmp_path)
+    assert all(np.isfinite(row["train/composition_loss"]) for step, row in rows_of(tmp_path).items() if step)
+    generator = Generator(tmp_path)
+    assert [p["name"] for p in generator.condition_schema] == [PROPERTY]
+    free, low, again = (
+        generator.generate(4, seed=3, condition=c, guidance_weight=1.0)
+        for c in ({}, {PROPERTY: -9.0}, {PROPERTY: -9.0})
+    )
+    assert [s.request for s in low] == [s.request for s in again] and len(free) == 4
+    of_one = (generator.generate(2, formula="Li2O", condition=c) for c in ({}, {PROPERTY: -9.0}))
+    for a, b in zip(*of_one, strict=True):
+        assert a.crystal is None or b.crystal is None or not np.array_equal(a.crystal.lengths, b.crystal.lengths)
+    with pytest.raises(UserError, match="condition=density"):
+        generator.generate(2, condition={"density": 1.0})
 
 
 def test_an_export_gives_the_same_crystals(slots_run, tmp_path):

@@ -42,13 +42,15 @@ def create_objective(model: Mapping[str, Any], diffusion: Mapping[str, Any], spe
         raise UserError(f"config.diffusion: {error}") from error
 
 
-def create_composition(settings: Mapping[str, Any], spec: UniMatSpec) -> CompositionModel | None:
+def create_composition(
+    settings: Mapping[str, Any], spec: UniMatSpec, num_properties: int = 0, property_drop_rate: float = 0.2
+) -> CompositionModel | None:
     """The model of compositions of the fields of config.composition; None where its width is 0, or without fields.
     Raises UserError for fields that cannot be."""
     if not settings.get("width"):
         return None
     network = models.create_composition(spec.max_atoms_per_element, spec.max_atoms, **settings)
-    return CompositionModel(network, spec)
+    return CompositionModel(network, spec, num_properties, property_drop_rate)
 
 
 def init_params(
@@ -130,7 +132,7 @@ def assemble(config: Any, spec: UniMatSpec, schema: Sequence[Mapping[str, Any]],
         warmup_steps=o.warmup_steps,
         final_factor=o.final_factor,
     )
-    composition = create_composition(config.composition, spec)
+    composition = create_composition(config.composition, spec, len(schema), config.diffusion.property_drop_rate)
     optimizer = make_optimizer(schedule, b1=o.b1, b2=o.b2, weight_decay=o.weight_decay, grad_clip=o.grad_clip)
     if composition is not None:  # each with its own clip: neither feels the other
         parts: dict[Any, Any] = {"network": optimizer, COMPOSITION: optimizer}

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from unimat_jax.conditioning import training_properties
 from unimat_jax.diffusion import antithetic_times
 from unimat_jax.errors import UserError
 from unimat_jax.representation import UniMatSpec
@@ -33,25 +34,36 @@ class CompositionModel:
 
     network: Any
     spec: UniMatSpec
+    num_properties: int = 0
+    property_drop_rate: float = 0.2
 
-    def init_arguments(self) -> tuple[jax.Array, ...]:
+    def init_arguments(self) -> tuple[jax.Array | None, ...]:
         """Arguments of the network (batch of 1) to initialise it or to trace its shapes."""
         table = jnp.zeros((1, *self.spec.table.shape), jnp.float32)
-        return table, table, jnp.zeros(1, jnp.int32), table
+        return table, table, jnp.zeros(1, jnp.int32), table, self._properties(None, 1)
 
-    # Logarithms of probabilities, of what can be alone. Tables are flat here: P = H W places.
+    # Logarithms of probabilities, of what can be alone. Tables are flat here: P = H W places. properties [B, 2 K] are
+    # those of `conditioning.seen_properties`, None: not given.
 
-    def size_logits(self, params: Any, **options: Any) -> jax.Array:
-        """Of the number of atoms, 1 to A: [A]."""
-        table, _, number, _ = self.init_arguments()
-        logits = self.network.apply({"params": params}, table, table, number, table, **options)[0][0]
+    def size_logits(self, params: Any, properties: jax.Array | None = None, **options: Any) -> jax.Array:
+        """Of the number of atoms, 1 to A: [B, A]; [1, A] where no properties are given."""
+        number = 1 if properties is None else len(properties)
+        zeros = jnp.zeros((number, int(np.prod(self.spec.table.shape))))
+        logits = self._network(params, zeros, zeros, jnp.zeros(number, jnp.int32), zeros, properties, **options)[0]
         possible = jnp.arange(1, self.spec.max_atoms + 1) <= self.spec.max_atoms_per_element * self._is_element.sum()
         return jax.nn.log_softmax(jnp.where(possible, logits, IMPOSSIBLE))
 
-    def element_logits(self, params: Any, chosen: jax.Array, num_atoms: jax.Array, **options: Any) -> jax.Array:
+    def element_logits(
+        self,
+        params: Any,
+        chosen: jax.Array,
+        num_atoms: jax.Array,
+        properties: jax.Array | None = None,
+        **options: Any,
+    ) -> jax.Array:
         """Of the next element, the last entry of there being none: [B, P + 1]. chosen: bool [B, P]."""
         zeros = jnp.zeros(chosen.shape)
-        _, element, stop, _ = self._network(params, chosen, zeros, num_atoms, zeros, **options)
+        _, element, stop, _ = self._network(params, chosen, zeros, num_atoms, zeros, properties, **options)
         number = chosen.sum(1)
         more = self._is_element & ~chosen & (number < num_atoms)[:, None]
         enough = (number > 0) & (number * self.spec.max_atoms_per_element >= num_atoms)
@@ -60,11 +72,18 @@ class CompositionModel:
         return jax.nn.log_softmax(jnp.where(possible, logits, IMPOSSIBLE))
 
     def count_logits(
-        self, params: Any, chosen: jax.Array, counts: jax.Array, num_atoms: jax.Array, query: jax.Array, **options: Any
+        self,
+        params: Any,
+        chosen: jax.Array,
+        counts: jax.Array,
+        num_atoms: jax.Array,
+        query: jax.Array,
+        properties: jax.Array | None = None,
+        **options: Any,
     ) -> jax.Array:
         """Of the atoms, 1 to L, of the element at `query` [B], its count and perhaps others' (0) unknown: [B, L]."""
         asked = jax.nn.one_hot(query, chosen.shape[1])
-        logits = self._network(params, chosen, counts, num_atoms, asked, **options)[3]
+        logits = self._network(params, chosen, counts, num_atoms, asked, properties, **options)[3]
         limit = self.spec.max_atoms_per_element
         others = (chosen & (counts == 0)).sum(1) - 1
         rest = (num_atoms - counts.sum(1))[:, None] - jnp.arange(1, limit + 1)
@@ -80,10 +99,15 @@ class CompositionModel:
         def options(i: int) -> dict[str, Any]:
             return {"train": train, "rngs": {"dropout": dropout_keys[i]} if train else {}}
 
+        properties = None
+        if self.num_properties:
+            properties_key = jax.random.fold_in(key, 1)
+            properties = training_properties(properties_key, batch["properties"], self.property_drop_rate)
         counts = self._counts(batch["slot"])
         present, number = counts > 0, (counts > 0).sum(1)
         num_atoms = counts.sum(1)
-        size = -jnp.take(self.size_logits(params, **options(0)), num_atoms - 1)
+        sizes = self.size_logits(params, properties, **options(0))
+        size = -jnp.take_along_axis(jnp.broadcast_to(sizes, (len(counts), sizes.shape[1])), (num_atoms - 1)[:, None], 1)
 
         def one_of(key: jax.Array, n: jax.Array) -> jax.Array:
             return jnp.minimum((antithetic_times(key, len(n)) * n).astype(jnp.int32), n - 1)
@@ -92,7 +116,7 @@ class CompositionModel:
         rank = shuffled.argsort(1).argsort(1)
         taken = one_of(element_key, number + 1)
         chosen = present & (rank < taken[:, None])
-        logits = self.element_logits(params, chosen, num_atoms, **options(1))
+        logits = self.element_logits(params, chosen, num_atoms, properties, **options(1))
         rest = (present & ~chosen).astype(jnp.float32)
         target = jnp.concatenate([rest / jnp.maximum(rest.sum(1), 1)[:, None], (taken == number)[:, None]], 1)
         elements = -(number + 1) * (target * logits).sum(1) - jax.lax.lgamma(number + 1.0)
@@ -100,13 +124,17 @@ class CompositionModel:
         turns = jnp.maximum(number - 1, 1)  # the last count is what the others leave
         turn, before = one_of(count_key, turns)[:, None], jnp.cumsum(present, 1) - present
         query = (present & (before == turn)).argmax(1)
-        logits = self.count_logits(params, present, jnp.where(before < turn, counts, 0), num_atoms, query, **options(2))
+        known = jnp.where(before < turn, counts, 0)
+        logits = self.count_logits(params, present, known, num_atoms, query, properties, **options(2))
         answer = jnp.take_along_axis(counts, query[:, None], 1) - 1
-        return size + elements - turns * jnp.take_along_axis(logits, answer, 1)[:, 0]
+        return size[:, 0] + elements - turns * jnp.take_along_axis(logits, answer, 1)[:, 0]
 
-    def conditions(self, requests: Sequence[Request]) -> dict[str, np.ndarray]:
-        """Arrays of a batch of requests: elements `required` and `allowed`, bool [B, P], and possible `sizes`, bool
-        [B, A]. Raises UserError for numbers of atoms that cannot be."""
+    def conditions(
+        self, requests: Sequence[Request], values: np.ndarray | None = None, given: np.ndarray | None = None
+    ) -> dict[str, np.ndarray]:
+        """Arrays of a batch of requests: elements `required` and `allowed`, bool [B, P], possible `sizes`, bool [B, A],
+        and `properties` [B, 2 K] of standardised values and flags [K]. Raises UserError for numbers of atoms that
+        cannot be."""
         required, allowed, sizes = [], [], []
         everything = np.asarray(self._is_element)
         for request in requests:
@@ -114,7 +142,11 @@ class CompositionModel:
             required.append(asked if request.kind in ("chemical_system", "contains") else np.zeros_like(asked))
             allowed.append(asked if request.kind in ("chemical_system", "elements") else everything)
             sizes.append(self._sizes(request, int(required[-1].sum()), int(allowed[-1].sum())))
-        return {"required": np.stack(required), "allowed": np.stack(allowed), "sizes": np.stack(sizes)}
+        arrays = {"required": np.stack(required), "allowed": np.stack(allowed), "sizes": np.stack(sizes)}
+        if self.num_properties:
+            seen = np.zeros(2 * self.num_properties) if values is None or given is None else [*(values * given), *given]
+            arrays["properties"] = np.tile(np.asarray(seen, np.float32), (len(requests), 1))
+        return arrays
 
     def _sizes(self, request: Request, fewest: int, elements: int) -> np.ndarray:
         largest, limit = self.spec.max_atoms, self.spec.max_atoms_per_element
@@ -139,6 +171,7 @@ class CompositionModel:
         distribution under the condition. All randomness of a sample comes from (key, its index).
         """
         required, allowed, sizes = arrays["required"], arrays["allowed"], arrays["sizes"]
+        properties = self._properties(arrays.get("properties"), len(required))
         keys = jax.vmap(lambda i: jax.random.split(jax.random.fold_in(key, i), 3))(arrays["indices"])
         batch = len(required)
 
@@ -147,8 +180,9 @@ class CompositionModel:
 
         fold_in = jax.vmap(jax.random.fold_in, (0, None))
         own_keys = jax.vmap(lambda k: jax.vmap(lambda i: jax.random.fold_in(k, i))(jnp.arange(proposals)))(keys[:, 0])
+        many = None if properties is None else repeated(properties)
         sets = self._draw_elements(
-            params, own_keys.reshape(batch * proposals), *map(repeated, (required, allowed, sizes))
+            params, own_keys.reshape(batch * proposals), *map(repeated, (required, allowed, sizes)), many
         )
         chosen, num_atoms, weight = (a.reshape(batch, proposals, *a.shape[1:]) for a in sets)
         kept = jax.vmap(jax.random.categorical)(keys[:, 1], weight)
@@ -165,7 +199,7 @@ class CompositionModel:
             step, counts = carry
             open_ = chosen & (counts == 0)
             query = open_.argmax(1)
-            logits = self.count_logits(params, chosen, counts, num_atoms, query)
+            logits = self.count_logits(params, chosen, counts, num_atoms, query, properties)
             count = jax.vmap(jax.random.categorical)(fold_in(keys[:, 2], step), logits) + 1
             here = open_ & (jnp.arange(open_.shape[1]) == query[:, None])
             return step + 1, jnp.where(here, count[:, None], counts)
@@ -174,13 +208,19 @@ class CompositionModel:
         return jax.lax.while_loop(unknown, draw_count, start)[1].reshape(batch, *self.spec.table.shape)
 
     def _draw_elements(
-        self, params: Any, keys: jax.Array, required: jax.Array, allowed: jax.Array, sizes: jax.Array
+        self,
+        params: Any,
+        keys: jax.Array,
+        required: jax.Array,
+        allowed: jax.Array,
+        sizes: jax.Array,
+        properties: jax.Array | None,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """(chosen bool [B, P], number of atoms [B], log-weight [B]): the required elements, and then what the model
         draws of the allowed ones."""
         keys = jax.vmap(jax.random.split)(keys)
         size_key, element_key = keys[:, 0], keys[:, 1]
-        logits = jnp.where(sizes, self.size_logits(params), IMPOSSIBLE)
+        logits = jnp.where(sizes, self.size_logits(params, properties), IMPOSSIBLE)
         num_atoms = jax.vmap(jax.random.categorical)(size_key, logits) + 1
         may = jnp.concatenate([allowed, jnp.ones((len(allowed), 1), bool)], 1)
 
@@ -189,7 +229,7 @@ class CompositionModel:
 
         def draw(carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             step, chosen, weight, done = carry
-            logits = self.element_logits(params, chosen, num_atoms)
+            logits = self.element_logits(params, chosen, num_atoms, properties)
             asked = required & ~chosen
             forced = asked.any(1)
             open_ = jnp.where(may, logits, IMPOSSIBLE)
@@ -220,10 +260,24 @@ class CompositionModel:
         rows = jnp.arange(len(slot))[:, None]
         return jnp.zeros((len(slot), places), jnp.int32).at[rows, slot % places].add(slot < self.spec.num_slots)
 
+    def _properties(self, properties: jax.Array | None, number: int) -> jax.Array | None:
+        """Properties [B, 2 K], none of them given where None; None where the model has none."""
+        if not self.num_properties:
+            return None
+        return jnp.zeros((number, 2 * self.num_properties)) if properties is None else properties
+
     def _network(
-        self, params: Any, chosen: jax.Array, counts: jax.Array, num_atoms: jax.Array, query: jax.Array, **options: Any
+        self,
+        params: Any,
+        chosen: jax.Array,
+        counts: jax.Array,
+        num_atoms: jax.Array,
+        query: jax.Array,
+        properties: jax.Array | None,
+        **options: Any,
     ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
         shape = (len(chosen), *self.spec.table.shape)
         tables = (a.astype(jnp.float32).reshape(shape) for a in (chosen, counts, query))
         present, known, asked = tables
-        return self.network.apply({"params": params}, present, known, num_atoms, asked, **options)
+        properties = self._properties(properties, len(chosen))
+        return self.network.apply({"params": params}, present, known, num_atoms, asked, properties, **options)

@@ -78,6 +78,18 @@ def training_condition(
     )
 
 
+def training_properties(key: jax.Array, properties: jax.Array, drop_rate: float) -> jax.Array:
+    """What a network sees of standardised properties [B, P] in training, values and flags [B, 2 P]: each dropped at
+    `drop_rate`, and where it is missing (NaN)."""
+    kept = jax.random.uniform(key, properties.shape) >= drop_rate
+    return seen_properties(properties, kept & jnp.isfinite(properties))
+
+
+def seen_properties(properties: jax.Array, given: jax.Array) -> jax.Array:
+    """Values, zero where not given, and flags: [B, 2 P]."""
+    return jnp.concatenate([jnp.where(given > 0, properties, 0.0), given.astype(jnp.float32)], -1)
+
+
 def drop_properties(cond: Condition) -> Condition:
     """The condition without its properties, the composition kept: the second branch of the paper's equation 2."""
     zeros = jnp.zeros_like(cond["properties"])

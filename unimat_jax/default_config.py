@@ -130,6 +130,7 @@ def _slots() -> tuple[Any, Any]:
     diffusion.logsnr_min = -12.0  # of the lattice
     diffusion.logsnr_max = 12.0
     diffusion.lattice_weight = 1.0  # loss weight of the six lattice numbers' mean against the coordinates' mean
+    diffusion.property_drop_rate = 0.2  # as the U-Net's; the model of compositions has it too
     return model, diffusion
 
 

@@ -87,7 +87,8 @@ class Generator:
         model = self.description["model"]
         network = assembly.create_network(model)
         self._objective = assembly.create_objective(model, self.description["diffusion"], self.spec)
-        self._composition = assembly.create_composition(self.description.get("composition", {}), self.spec)
+        known = len(self.condition_schema)
+        self._composition = assembly.create_composition(self.description.get("composition", {}), self.spec, known)
         self._mesh = sharding.make_mesh()
         # Compiled programs are run: not from where the config of a model that somebody shared says.
         own = "export" not in self.description
@@ -182,14 +183,17 @@ class Generator:
             return
         size = min(settings.batch_size, len(requests))
         size += -size % self._mesh.size
-        run = functools.partial(self._sampled, self._sampler(settings, size), self.properties(condition), seed)
+        properties = self.properties(condition)
+        run = functools.partial(self._sampled, self._sampler(settings, size), properties, seed)
         window = size * (SORTED_BATCHES if self._objective.padded else 1)
         for first in range(start - start % window, len(requests), window):
             last = min(first + window, len(requests))
             indices = np.arange(first, last + (first - last) % size, dtype=np.int32)
             asked = [requests[min(i, len(requests) - 1)] for i in indices.tolist()]
             parts = [slice(i, i + size) for i in range(0, len(asked), size)]
-            asked = [request for part in parts for request in self._composed(asked[part], indices[part], seed)]
+            asked = [
+                request for part in parts for request in self._composed(asked[part], indices[part], properties, seed)
+            ]
             order = list(range(len(asked)))
             if self._objective.padded:
                 order.sort(key=lambda i: sum(asked[i].counts.values()))
@@ -212,11 +216,11 @@ class Generator:
         x, lattice = (sharding.to_host(a) for a in run(self.params, key, placed))
         return [self._sample_of(int(i), requests[n], x[n], lattice[n]) for n, i in enumerate(indices)]
 
-    def _composed(self, requests: list[Request], indices: np.ndarray, seed: int) -> list[Request]:
+    def _composed(self, requests: list[Request], indices: np.ndarray, properties: Any, seed: int) -> list[Request]:
         """The requests with exact counts, where the checkpoint has a model of compositions."""
         if self._composition is None or all(request.counts for request in requests):
             return requests
-        arrays = self._composition.conditions(requests) | {"indices": indices}
+        arrays = self._composition.conditions(requests, *properties) | {"indices": indices}
         placed = sharding.whole_to_devices(arrays, sharding.batch_sharding(self._mesh))
         program = self._composition_program(all(request.kind == "none" for request in requests))
         key = jax.random.fold_in(jax.random.key(seed), 2)

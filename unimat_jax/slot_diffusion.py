@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from unimat_jax import diffusion, torus
+from unimat_jax.conditioning import training_properties
 from unimat_jax.densify import densify
 from unimat_jax.errors import UserError
 from unimat_jax.representation import UniMatSpec, padded_atoms
@@ -40,6 +41,7 @@ class SlotDiffusion:
     logsnr_min: float
     logsnr_max: float
     lattice_weight: float
+    property_drop_rate: float = 0.2
 
     padded = True
     METHODS = ("ancestral", "mean", "ddim", "heun")
@@ -58,13 +60,9 @@ class SlotDiffusion:
     @staticmethod
     def init_arguments(spec: UniMatSpec, num_properties: int) -> tuple[Any, ...]:
         """Arguments of the network (batch of 1) to initialise it or to trace its shapes."""
-        if num_properties:
-            raise UserError(
-                "config.data.properties: the slots model is conditioned on compositions alone: leave it empty, or set "
-                "config.model.name to 'unet3d'"
-            )
         a = spec.max_atoms
-        shapes = (1, a, 3), (1, spec.lattice_size), (1,), (1, 3, 3), (1, a, *spec.table.shape)
+        shapes = [(1, a, 3), (1, spec.lattice_size), (1,), (1, 3, 3), (1, a, *spec.table.shape)]
+        shapes += [(1, 2 * num_properties)] if num_properties else []
         return tuple(jnp.zeros(shape, jnp.float32) for shape in shapes)
 
     def losses(
@@ -79,11 +77,15 @@ class SlotDiffusion:
         noise = sigma * jax.random.normal(x_key, batch["coords"].shape)
         frac_t = (batch["coords"] + 1.0) / 2.0 + noise
         x_target = torus.without_drift(torus.pull(noise, sigma) / torus.pull_size(sigma), mask)
+        options: dict[str, Any] = {"train": train, "rngs": {"dropout": dropout_key} if train else {}}
         logsnr = self._logsnr(t)
         eps = jax.random.normal(lattice_key, lattice_0.shape)
         lattice_t = diffusion.q_sample(lattice_0, eps, logsnr)
-        rngs = {"dropout": dropout_key} if train else {}
-        x_pred, lattice_pred = self._predict(params, frac_t, lattice_t, t, slot, train=train, rngs=rngs)
+        properties = batch.get("properties")
+        if properties is not None and properties.shape[1]:
+            key = jax.random.fold_in(key, 3)
+            options["properties"] = training_properties(key, properties, self.property_drop_rate)
+        x_pred, lattice_pred = self._predict(params, frac_t, lattice_t, t, slot, **options)
         lattice_error = lattice_pred - diffusion.target(lattice_0, eps, logsnr, "v")
         x_loss = diffusion.weighted_mean_square(x_pred - x_target, mask.astype(jnp.float32))
         return x_loss, jnp.mean(jnp.square(lattice_error), -1)
@@ -95,15 +97,11 @@ class SlotDiffusion:
         for name in ("mean_below", "corrector_steps"):
             if settings.get(name, 0) < 0:
                 raise UserError(f"config.sample.{name} (--{name}) = {settings[name]}: give a number, or 0")
-        if settings["guidance_weight"]:
-            raise UserError(
-                f"config.sample.guidance_weight = {settings['guidance_weight']}: the slots model has no properties to "
-                "guide: give 0"
-            )
 
     def conditions(self, requests: Sequence[Request], values: np.ndarray, given: np.ndarray) -> dict[str, np.ndarray]:
-        """Arrays of a batch of requests: `slot` [B, A], flat in [L, H, W], L H W where padded. values, given:
-        properties, of which this model has none. Raises UserError for requests without an exact composition."""
+        """Arrays of a batch of requests and of a condition's standardised properties (`values`, `given` [P]): `slot`
+        [B, A], flat in [L, H, W], L H W where padded, and `properties` [B, 2 P]. Raises UserError for requests without
+        an exact composition."""
         for request in requests:
             if not request.counts:
                 raise UserError(
@@ -122,12 +120,14 @@ class SlotDiffusion:
         slot = np.full((len(rows), size), self.spec.num_slots, np.int32)
         for target, row in zip(slot, rows, strict=True):
             target[: len(row)] = row
-        return {"slot": slot}
+        seen = np.concatenate([values * given, given]).astype(np.float32)
+        return {"slot": slot, "properties": np.tile(seen, (len(rows), 1))}
 
     def abstract_conditions(self, num_properties: int, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes of `conditions` with the indices, for the data set's largest crystals."""
         return {
             "slot": jax.ShapeDtypeStruct((batch_size, self.spec.max_atoms), np.int32),
+            "properties": jax.ShapeDtypeStruct((batch_size, 2 * num_properties), np.float32),
             "indices": jax.ShapeDtypeStruct((batch_size,), np.int32),
         }
 
@@ -151,7 +151,8 @@ class SlotDiffusion:
         "ancestral", "mean" (ancestral, without noise where it is below `mean_below` of the cell: narrower than the
         learned distribution), "ddim" (the probability flow) or "heun" (the same, of second order, with two evaluations
         a step). After each step but the last, `corrector_steps` Langevin steps of the coordinates at its noise (Song et
-        al. 2021, algorithm 4), an evaluation each; without noise where "mean" has none.
+        al. 2021, algorithm 4), an evaluation each; without noise where "mean" has none. guidance_weight: the paper's w
+        (its equation 2) on the properties, of which coordinates and lattice know; a second evaluation each time.
         """
         slot = arrays["slot"]
         mask, number = slot < self.spec.num_slots, len(slot)
@@ -168,10 +169,21 @@ class SlotDiffusion:
 
             return jax.vmap(one)(keys)
 
+        seen = arrays["properties"]
+
+        def predict(frac, lattice, time):
+            if not seen.shape[1]:
+                return self._predict(params, frac, lattice, time, slot)
+            told = self._predict(params, frac, lattice, time, slot, properties=seen)
+            if not guidance_weight:
+                return told
+            untold = self._predict(params, frac, lattice, time, slot, properties=jnp.zeros_like(seen))
+            return jax.tree.map(lambda a, b: (1 + guidance_weight) * a - guidance_weight * b, told, untold)
+
         def evaluate(frac, lattice, i):
             """(pull, clean lattice) as predicted."""
             time = jnp.full(number, times[i])
-            x_pred, lattice_pred = self._predict(params, frac, lattice, time, slot)
+            x_pred, lattice_pred = predict(frac, lattice, time)
             clean = diffusion.predicted_x0(lattice_pred, lattice, self._logsnr(time), "v")
             return x_pred * torus.pull_size(self._sigma(times[i])), clean.clip(*LATTICE_RANGE)
 

@@ -17,8 +17,9 @@ class CompositionNetwork(nn.Module):
     the queried element's count, 1 to L [B, L].
 
     Of `present` [B, H, W] (1 where an element is chosen), `counts` [B, H, W] (its atoms, 0 where not known yet),
-    `num_atoms` [B] int (0 where not known yet) and `query` [B, H, W] (1 at the element whose count is asked). L and A
-    are max_atoms_per_element and max_atoms. Raises ValueError for a size that cannot be.
+    `num_atoms` [B] int (0 where not known yet), `query` [B, H, W] (1 at the element whose count is asked) and, with
+    any, `properties` [B, 2 P] (see `conditioning.seen_properties`). L and A are max_atoms_per_element and max_atoms.
+    Raises ValueError for a size that cannot be.
     """
 
     max_atoms_per_element: int
@@ -37,7 +38,13 @@ class CompositionNetwork(nn.Module):
 
     @nn.compact
     def __call__(
-        self, present: jax.Array, counts: jax.Array, num_atoms: jax.Array, query: jax.Array, train: bool = False
+        self,
+        present: jax.Array,
+        counts: jax.Array,
+        num_atoms: jax.Array,
+        query: jax.Array,
+        properties: jax.Array | None = None,
+        train: bool = False,
     ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
         b, h, w = present.shape
         left = num_atoms - counts.sum((1, 2)).astype(jnp.int32)
@@ -46,7 +53,7 @@ class CompositionNetwork(nn.Module):
         # Places, and with them rows and columns: what is learned of an element tells of its neighbours.
         seen = [tables.reshape(b, -1), tables.sum(3).reshape(b, -1), tables.sum(2).reshape(b, -1)]
         numbers = [jax.nn.one_hot(n, self.max_atoms + 1) for n in (num_atoms, left)]
-        inputs = jnp.concatenate([*seen, *numbers], -1)
+        inputs = jnp.concatenate([*seen, *numbers, *([] if properties is None else [properties])], -1)
         x = Dense(self.width, kernel_init=nn.initializers.normal(0.5), name="table")(inputs)
         dropout = nn.Dropout(self.dropout_rate, deterministic=not train)
         for i in range(self.depth):

@@ -129,8 +129,8 @@ class SlotBlock(nn.Module):
 
 class SlotTransformer(nn.Module):
     """(coordinates' noise [B, A, 3], lattice [B, D] as predicted) of noisy fractional coordinates [B, A, 3], lattice
-    [B, D], times [B], the noisy cell's metric [B, 3, 3] (Angstrom^2) and atoms [B, A, H, W] (one-hot places of the
-    table, all zero where padded).
+    [B, D], times [B], the noisy cell's metric [B, 3, 3] (Angstrom^2), atoms [B, A, H, W] (one-hot places of the table,
+    all zero where padded) and, with any, properties [B, 2 P] (see `conditioning.seen_properties`).
 
     distances: the pair geometry has a radial basis of distances in the noisy cell, beside waves of fractional
     differences. neighbours: K > 0: each atom attends to the K nearest in the noisy cell, itself among them, and to one
@@ -171,11 +171,14 @@ class SlotTransformer(nn.Module):
         time: jax.Array,
         metric: jax.Array,
         atoms: jax.Array,
+        properties: jax.Array | None = None,
         train: bool = False,
     ) -> tuple[jax.Array, jax.Array]:
         b, a, h, w = atoms.shape
         mask = atoms.sum((2, 3))
         condition = Dense(self.width, name="time")(time_features(time)) + Dense(self.width, name="lattice")(lattice)
+        if properties is not None:
+            condition = condition + Dense(self.width, name="properties")(properties)
         condition = nn.silu(Dense(self.width, name="condition")(nn.silu(condition)))
         dtype = jnp.dtype(self.dtype)
 
