@@ -243,7 +243,8 @@ def available_steps(root: Path) -> list[int]:
 
 
 def load_params(root: Path, like: Any, *, step: int | None = None, ema: bool = True) -> tuple[Any, int, str]:
-    """(parameters, their step, a hash of them) of a run; the latest step unless `step` is given."""
+    """(parameters, their step, a hash of them) of a run; the latest step unless `step` is given. Raises UserError for a
+    step or a kind of parameters that is not there, and where an exported model is damaged."""
     if about := exported(root):
         return _exported_params(root, about, like, step=step, kind="ema" if ema else "raw")
     steps = available_steps(root)
@@ -261,6 +262,11 @@ def _exported_params(
 ) -> tuple[Any, int, str]:
     if step not in (None, about["step"]):
         raise UserError(f"--step={step}: {root} is a model exported at step {about['step']}, and holds no other")
+    if kind not in about["parameters_hash"]:
+        raise UserError(
+            f"--raw_params (ema=False): {root} was exported with the averaged parameters alone; leave it out, or "
+            "export the run without --averaged_only"
+        )
     path = root / weights.FILES[kind]
     params = weights.read(path, like)
     found, told = hash_of(params), about["parameters_hash"][kind]
