@@ -2,7 +2,7 @@
 
 A run's directory holds `config.json` (the full config), `model.json` (network, spec, condition schema, data set) and
 `checkpoints/<step>/` with the items `params`, `ema_params`, `optimizer` and `dataset` (the iterator's state). A model
-that `unimat export` wrote (see `weights.py`) is read in a run's place.
+that `unimat export` wrote (see `weights.py`) is read in a run's place, and so is a released one, by its name.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
-from unimat_jax import weights
+from unimat_jax import released, weights
 from unimat_jax.errors import UserError
 from unimat_jax.sharding import all_processes
 from unimat_jax.train_state import TrainState
@@ -208,17 +208,23 @@ class Checkpoints:
 
 
 def read_run(directory: str | Path) -> tuple[Path, dict[str, Any], dict[str, Any]]:
-    """(directory, config, model description) of a run, given it or its `checkpoints` folder, or of an exported model.
-    Raises UserError."""
-    path = Path(directory)
+    """(directory, config, model description) of a run, given it or its `checkpoints` folder, of an exported model, or
+    of a released one, given its name. A path that exists wins over a name. Raises UserError where there is none."""
+    path, models = Path(directory), released.models()
+    model = models.get(str(directory))
+    if model and not path.exists():
+        path, model = model, None
+    hidden = f"; the released model of that name is --checkpoint={model}" if model else ""
     if not path.is_dir():
-        raise UserError(f"--checkpoint={directory}: no such directory; give the --workdir of a training run")
+        names = f", and no released model of that name (there are {', '.join(models)})" if models else ""
+        what = "a file" if path.exists() else f"no such directory{names}"
+        raise UserError(f"--checkpoint={directory}: {what}; give the --workdir of a training run{hidden}")
     root = path if (path / MODEL).exists() else path.parent
     if not exported(root) and not ((root / MODEL).exists() and (root / FOLDER).is_dir()):
         inside = sorted(str(found.parent) for found in path.glob(f"*/{MODEL}"))
         raise UserError(
             f"--checkpoint={directory}: no checkpoint there ({MODEL} and {FOLDER}/ are missing); "
-            f"give the --workdir of a training run{', as ' + ' or '.join(inside[:3]) if inside else ''}"
+            f"give the --workdir of a training run{', as ' + ' or '.join(inside[:3]) if inside else ''}{hidden}"
         )
     description = read_json(root / MODEL)
     check_format(description, root)

@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from unimat_jax import released
 from unimat_jax.cli import Parser, run_program
 from unimat_jax.errors import UserError
 from unimat_jax.model_card import model_card
@@ -151,7 +152,7 @@ def _evaluation(root: Path, step: int) -> dict[str, float]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     p = Parser(prog="unimat export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--checkpoint", required=True, help="the --workdir of a training run, or an exported model")
+    p.add_argument("--checkpoint", required=True, help=released.checkpoint_help())
     p.add_argument("--output_dir", required=True, type=Path)
     p.add_argument("--step", type=int, help="of the checkpoint; default: the latest")
     p.add_argument(
