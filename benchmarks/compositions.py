@@ -166,12 +166,12 @@ def write_model(checkpoint: str, parts: dict[str, Any], settings: dict[str, Any]
         raise UserError(f"--checkpoint={checkpoint} has a model of compositions already")
     folder = export(checkpoint, output_dir)
     description = read_json(folder / MODEL)
-    for kind, file in weights.FILES.items():
+    for kind in description["export"]["parameters_hash"]:
         generator = Generator(checkpoint, ema=kind == "ema")
         params = {**generator.params, COMPOSITION: parts[kind]}
         description["export"]["parameters_hash"][kind] = hash_of(params)
         description["num_params"] = sum(leaf.size for leaf in jax.tree.leaves(params))
-        weights.write(folder / file, params, {"parameters": kind, "parameters_hash": hash_of(params)})
+        weights.write(folder / weights.FILES[kind], params, {"parameters": kind, "parameters_hash": hash_of(params)})
     description[COMPOSITION] = settings
     write_json(folder / MODEL, description)
     spec = UniMatSpec.from_json(description["spec"])

@@ -50,6 +50,13 @@ _MP_CITATION = """@article{jain2013materialsproject, title={Commentary: The Mate
 author={Jain, Anubhav and others}, journal={APL Materials}, volume={1}, pages={011002}, year={2013}}"""
 _CDVAE_CITATION = """@inproceedings{xie2022crystal, title={Crystal Diffusion Variational Autoencoder for Periodic
 Material Generation}, author={Xie, Tian and others}, booktitle={ICLR}, year={2022}}"""
+_CASTELLI_CITATION = """@article{castelli2012new, title={New cubic perovskites for one- and two-photon water splitting
+using the computational materials repository}, author={Castelli, Ivano E. and Landis, David D. and Thygesen, Kristian S.
+and Dahl, S{\\o}ren and Chorkendorff, Ib and Jaramillo, Thomas F. and Jacobsen, Karsten W.}, journal={Energy \\&
+Environmental Science}, volume={5}, pages={9034--9043}, year={2012}, doi={10.1039/C2EE22341D}}"""
+_PICKARD_CITATION = """@misc{pickard2020airss, title={AIRSS data for carbon at 10GPa and the C+N+H+O system at 1GPa},
+author={Pickard, Chris J.}, howpublished={Materials Cloud Archive 2020.0026/v1}, year={2020},
+doi={10.24435/materialscloud:2020.0026/v1}}"""
 _GNOME_ENERGY = Column("eV/atom", "PBE", "MP2020")
 _GNOME_CITATION = """@article{merchant2023scaling, title={Scaling deep learning for materials discovery},
 author={Merchant, Amil and Batzner, Simon and Schoenholz, Samuel S. and Aykol, Muratahan and Cheon, Gowoon and
@@ -98,8 +105,8 @@ _CASTELLI_HULL = "relative to a pool of competing phases, oxygen from water vapo
 DATASETS = {
     "perov_5": DataSet(
         "Perov-5: perovskites ABX3 with 5 atoms in the cell (Castelli et al. 2012), in CDVAE's splits.",
-        _CDVAE_CITATION,
-        "data: Castelli et al., Energy Environ. Sci. 5, 9034 (2012), through CDVAE (MIT)",
+        f"{_CASTELLI_CITATION}\n{_CDVAE_CITATION}",
+        "data: Castelli et al., Energy Environ. Sci. 5, 9034 (2012), doi:10.1039/C2EE22341D, through CDVAE (MIT)",
         {
             "heat_all": Column("eV/atom", _CASTELLI, _CASTELLI_HULL),
             "heat_ref": Column("eV/atom", _CASTELLI, "relative to a pool of reference phases (Castelli et al. 2012)"),
@@ -110,8 +117,10 @@ DATASETS = {
     ),
     "carbon_24": DataSet(
         "Carbon-24: carbon crystals with 6 to 24 atoms from random search at 10 GPa (Pickard 2020), in CDVAE's splits.",
-        _CDVAE_CITATION,
-        "CC-BY 4.0: C. J. Pickard, AIRSS data for carbon at 10 GPa, Materials Cloud (2020)",
+        f"{_PICKARD_CITATION}\n{_CDVAE_CITATION}",
+        "CC-BY 4.0 (https://creativecommons.org/licenses/by/4.0/): C. J. Pickard, AIRSS data for carbon at 10GPa and "
+        "the C+N+H+O system at 1GPa, Materials Cloud Archive 2020.0026/v1 (2020), "
+        "doi:10.24435/materialscloud:2020.0026/v1, of which CDVAE (MIT) chose a tenth",
         {"energy_per_atom": Column("eV/atom", "unknown", "none (total energies)")},
     ),
     "mp_20": DataSet(

@@ -12,8 +12,9 @@ from tiny_run import NUM_SAMPLES, NUM_STEPS, config, unimat
 
 from unimat_jax import Generator
 from unimat_jax.checkpoint import MODEL
+from unimat_jax.cli import run_program
 from unimat_jax.errors import UserError
-from unimat_jax.export import export
+from unimat_jax.export import export, main
 from unimat_jax.train import train
 
 FILES = {"README.md", "config.json", "model.json", "model.safetensors", "raw_params.safetensors"}
@@ -159,6 +160,27 @@ def test_without_the_raw_parameters_the_averaged_ones_still_generate(copy):
     Generator(copy)
     with pytest.raises(UserError, match=r"raw_params.safetensors is missing"):
         Generator(copy, ema=False)
+
+
+def test_the_averaged_parameters_alone(trained, exported, tmp_path, capsys):
+    """The same from a run and from an exported model with both, and given on as it is."""
+    alone = tmp_path / "alone"
+    assert run_program(main, [f"--checkpoint={trained}", f"--output_dir={alone}", "--averaged_only"]) == 0
+    assert "model.safetensors" in capsys.readouterr().out
+    files, both = content(alone), content(exported)
+    assert set(files) == FILES - {"raw_params.safetensors"}
+    assert all(files[name] == both[name] for name in ("model.safetensors", "config.json"))
+    hashes, hashes_of_both = (json.loads(f[MODEL])["export"]["parameters_hash"] for f in (files, both))
+    assert hashes == {"ema": hashes_of_both["ema"]} and set(hashes_of_both) == {"ema", "raw"}
+    card = files["README.md"].decode()
+    assert "raw_params" not in card and hashes_of_both["raw"] not in card and hashes["ema"] in card
+    assert "the raw ones are not here" in card
+    assert content(export(exported, tmp_path / "from_both", averaged_only=True)) == files
+    assert content(export(alone, tmp_path / "given_on")) == files
+    with pytest.raises(
+        UserError, match=r"--raw_params \(ema=False\): .*alone was exported with the averaged parameters"
+    ):
+        Generator(alone, ema=False)
 
 
 def test_a_shared_model_does_not_say_where_compiled_programs_come_from(trained, copy, monkeypatch):

@@ -30,6 +30,7 @@ ORDER = [
     "unimat_jax.evaluate",
     "unimat_jax.stability",
     "unimat_jax.starter",
+    "unimat_jax.released",
     "data_prep",
     "unimat_jax.rendezvous",
     "unimat_jax.distributed",

@@ -70,6 +70,12 @@ def test_it_is_the_wheel_that_runs(environment):
     assert all(name.startswith(str(environment)) for name in done.stdout.split())
 
 
+def test_released_models_outside_the_clone(environment):
+    code = "from unimat_jax import released; print(*released.models())"
+    done = call(environment / "bin" / "python", "-c", code, cwd=environment.parent)
+    assert done.stdout.split() == sorted(p.parent.name for p in (ROOT / "unimat_jax" / "released").glob("*/model.json"))
+
+
 @pytest.mark.parametrize("arguments", [["--help"], ["prepare", "--help"], ["train", "--help"], ["generate", "--help"]])
 def test_help_outside_the_clone(environment, arguments):
     done = call(environment / "bin" / "unimat", *arguments, cwd=environment.parent)

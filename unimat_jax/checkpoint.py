@@ -2,7 +2,7 @@
 
 A run's directory holds `config.json` (the full config), `model.json` (network, spec, condition schema, data set) and
 `checkpoints/<step>/` with the items `params`, `ema_params`, `optimizer` and `dataset` (the iterator's state). A model
-that `unimat export` wrote (see `weights.py`) is read in a run's place.
+that `unimat export` wrote (see `weights.py`) is read in a run's place, and so is a released one, by its name.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
-from unimat_jax import weights
+from unimat_jax import released, weights
 from unimat_jax.errors import UserError
 from unimat_jax.sharding import all_processes
 from unimat_jax.train_state import TrainState
@@ -208,17 +208,23 @@ class Checkpoints:
 
 
 def read_run(directory: str | Path) -> tuple[Path, dict[str, Any], dict[str, Any]]:
-    """(directory, config, model description) of a run, given it or its `checkpoints` folder, or of an exported model.
-    Raises UserError."""
-    path = Path(directory)
+    """(directory, config, model description) of a run, given it or its `checkpoints` folder, of an exported model, or
+    of a released one, given its name. A path that exists wins over a name. Raises UserError where there is none."""
+    path, models = Path(directory), released.models()
+    model = models.get(str(directory))
+    if model and not path.exists():
+        path, model = model, None
+    hidden = f"; the released model of that name is --checkpoint={model}" if model else ""
     if not path.is_dir():
-        raise UserError(f"--checkpoint={directory}: no such directory; give the --workdir of a training run")
+        names = f", and no released model of that name (there are {', '.join(models)})" if models else ""
+        what = "a file" if path.exists() else f"no such directory{names}"
+        raise UserError(f"--checkpoint={directory}: {what}; give the --workdir of a training run{hidden}")
     root = path if (path / MODEL).exists() else path.parent
     if not exported(root) and not ((root / MODEL).exists() and (root / FOLDER).is_dir()):
         inside = sorted(str(found.parent) for found in path.glob(f"*/{MODEL}"))
         raise UserError(
             f"--checkpoint={directory}: no checkpoint there ({MODEL} and {FOLDER}/ are missing); "
-            f"give the --workdir of a training run{', as ' + ' or '.join(inside[:3]) if inside else ''}"
+            f"give the --workdir of a training run{', as ' + ' or '.join(inside[:3]) if inside else ''}{hidden}"
         )
     description = read_json(root / MODEL)
     check_format(description, root)
@@ -243,7 +249,8 @@ def available_steps(root: Path) -> list[int]:
 
 
 def load_params(root: Path, like: Any, *, step: int | None = None, ema: bool = True) -> tuple[Any, int, str]:
-    """(parameters, their step, a hash of them) of a run; the latest step unless `step` is given."""
+    """(parameters, their step, a hash of them) of a run; the latest step unless `step` is given. Raises UserError for a
+    step or a kind of parameters that is not there, and where an exported model is damaged."""
     if about := exported(root):
         return _exported_params(root, about, like, step=step, kind="ema" if ema else "raw")
     steps = available_steps(root)
@@ -261,6 +268,11 @@ def _exported_params(
 ) -> tuple[Any, int, str]:
     if step not in (None, about["step"]):
         raise UserError(f"--step={step}: {root} is a model exported at step {about['step']}, and holds no other")
+    if kind not in about["parameters_hash"]:
+        raise UserError(
+            f"--raw_params (ema=False): {root} was exported with the averaged parameters alone; leave it out, or "
+            "export the run without --averaged_only"
+        )
     path = root / weights.FILES[kind]
     params = weights.read(path, like)
     found, told = hash_of(params), about["parameters_hash"][kind]

@@ -1,8 +1,9 @@
 """A checkpoint -> a folder to share: unimat export --checkpoint=runs/perov_5 --output_dir=perov_5_model
 
 Writes model.safetensors (the averaged parameters, which generation uses), raw_params.safetensors, config.json,
-model.json and README.md, the model card: all of it or nothing. Whatever takes a run's directory as --checkpoint takes
-this folder, `unimat export` too. The same run gives the same bytes, on any machine.
+model.json and README.md, the model card: all of it or nothing. --averaged_only leaves out raw_params.safetensors: half
+of the size, and no `unimat generate --raw_params`. Whatever takes a run's directory as --checkpoint takes this folder,
+`unimat export` too. The same run gives the same bytes, on any machine.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from unimat_jax import released
 from unimat_jax.cli import Parser, run_program
 from unimat_jax.errors import UserError
 from unimat_jax.model_card import model_card
@@ -34,31 +36,37 @@ def export(
     step: int | None = None,
     licence: str | None = None,
     data_licence: str | None = None,
+    averaged_only: bool = False,
     overwrite: bool = False,
 ) -> Path:
     """Exports a run's checkpoint (the latest, or `step`), or an exported model again; its folder.
 
     licence: of the parameters, as model hubs name it ("cc-by-4.0"); data_licence: of the training data, in words. By
-    default what is known of the data set. Raises UserError, and then nothing is left in `output_dir`.
+    default what is known of the data set. averaged_only: without the raw parameters, which are also left out where an
+    exported model has none. Raises UserError, and then nothing is left in `output_dir`.
     """
     from unimat_jax import weights
-    from unimat_jax.checkpoint import CONFIG, MODEL, write_json
+    from unimat_jax.checkpoint import CONFIG, MODEL, read_run, write_json
     from unimat_jax.generator import Generator
 
     output = Path(output_dir).resolve()
     _check_free(output, overwrite)
+    there = read_run(checkpoint)[2].get("export", {}).get("parameters_hash", weights.FILES)
+    kinds = [kind for kind in weights.FILES if kind in there and not (averaged_only and kind == "raw")]
     partial, before = (output.with_name(f".{output.name}.{end}") for end in ("partial", "replaced"))
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
         hashes, generator = {}, None
-        for kind, file in weights.FILES.items():  # one after the other: no two copies in memory
+        for kind in kinds:  # one after the other: no two copies in memory
             step = step if generator is None else generator.step
             generator = None
             generator = Generator(checkpoint, step=step, ema=kind == "ema")
             hashes[kind] = generator.params_hash
             about = {"parameters": kind, "step": generator.step, "parameters_hash": generator.params_hash}
-            weights.write(partial / file, generator.params, {**about, "format": generator.description["format"]})
+            weights.write(
+                partial / weights.FILES[kind], generator.params, {**about, "format": generator.description["format"]}
+            )
         assert generator is not None
         description = _describe(generator, hashes, licence, data_licence)
         config = _config(generator.config)
@@ -115,7 +123,6 @@ def _describe(
         names = [name for begin, name in LICENCES.items() if known.licence.startswith(begin)]
         about = {
             "step": generator.step,
-            "parameters_hash": dict(hashes),
             "evaluation": _evaluation(generator.directory, generator.step),
             "license": names[0] if names else "unknown",
             "dataset": {
@@ -124,6 +131,7 @@ def _describe(
                 "citation": known.citation,
             },
         }
+    about["parameters_hash"] = dict(hashes)
     about["license"] = licence or about["license"]
     about["dataset"]["license"] = data_licence or about["dataset"]["license"]
     return {**generator.description, "export": about}
@@ -144,18 +152,20 @@ def _evaluation(root: Path, step: int) -> dict[str, float]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     p = Parser(prog="unimat export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--checkpoint", required=True, help="the --workdir of a training run, or an exported model")
+    p.add_argument("--checkpoint", required=True, help=released.checkpoint_help())
     p.add_argument("--output_dir", required=True, type=Path)
     p.add_argument("--step", type=int, help="of the checkpoint; default: the latest")
     p.add_argument(
         "--license", help="of the parameters, for the card, as cc-by-4.0; default: that of the data if known"
     )
     p.add_argument("--data_license", help="of the training data, in words; default: what is known of the data set")
+    p.add_argument("--averaged_only", action="store_true", help="leave the raw parameters out: half the size")
     p.add_argument("--overwrite", action="store_true", help="replace the exported model in --output_dir")
     a = p.parse(sys.argv[1:] if argv is None else argv)
     output = export(
-        a.checkpoint, a.output_dir, step=a.step, licence=a.license, data_licence=a.data_license, overwrite=a.overwrite
-    )
+        a.checkpoint, a.output_dir, step=a.step, licence=a.license, data_licence=a.data_license,
+        averaged_only=a.averaged_only, overwrite=a.overwrite,
+    )  # fmt: skip
     from unimat_jax.checkpoint import MODEL, read_json
 
     about = read_json(output / MODEL)["export"]

@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from unimat_jax import distributed
+from unimat_jax import distributed, released
 from unimat_jax.cli import Parser, run_program
 from unimat_jax.crystal import Crystal
 from unimat_jax.errors import UserError
@@ -46,7 +46,7 @@ def parser() -> Parser:
         epilog=f"several processes:\n{distributed.FLAGS}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    p.add_argument("--checkpoint", required=True, help="the --workdir of a training run, or an exported model")
+    p.add_argument("--checkpoint", required=True, help=released.checkpoint_help())
     p.add_argument("--output_dir", required=True, type=Path)
     p.add_argument("--num_samples", type=int, help="total number (default 16, or what --compositions_from gives)")
     p.add_argument("--seed", type=int, default=0, help="sample i depends on the seed and i alone")

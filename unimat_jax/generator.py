@@ -73,11 +73,12 @@ class SamplerSettings:
 
 
 class Generator:
-    """Samples from a training run's checkpoint or an exported model. Holds parameters and a jitted sampler, and
-    no other state.
+    """Samples from a training run's checkpoint, an exported model or a released one. Holds parameters and a jitted
+    sampler, and no other state.
 
-    step: a checkpoint's step, the latest by default; ema: averaged parameters (default) or raw ones. Raises UserError
-    where there is no checkpoint.
+    checkpoint: a directory, or the name of a released model (see `unimat_jax.released`); step: a checkpoint's step, the
+    latest by default; ema: averaged parameters (default) or raw ones. Raises UserError where there is no checkpoint, or
+    it lacks that step or those parameters.
     """
 
     def __init__(self, checkpoint: str | Path, *, step: int | None = None, ema: bool = True):

@@ -38,7 +38,7 @@ tensor over the periodic table, {l} atoms of an element x {h} rows x {w} columns
 | trained | {step:,} steps of {batch_size} crystals, predicts {prediction_type} |
 | conditions | {conditions} |
 | sampler by default | {method}, {num_steps} steps |
-| parameters' hash | `{ema_hash}` averaged, `{raw_hash}` raw |
+| parameters' hash | {hashes} |
 
 ## Generate
 
@@ -49,8 +49,7 @@ With unimat-jax installed, and FOLDER the folder of this file:
 structures = [sample.crystal.to_pymatgen() for sample in samples if sample.crystal]
 ```
 
-`model.safetensors` holds the moving average of the parameters, which generation uses; `raw_params.safetensors` the raw
-ones (`--raw_params`). `config.json` and `model.json` say what the numbers mean. No file holds code.
+{files} No file holds code.
 
 ## Training data
 
@@ -96,6 +95,15 @@ GENERATE = {
 }
 """Commands, whether or not the model can do without a composition."""
 
+KINDS = {"ema": "averaged", "raw": "raw"}
+_AVERAGED = "`model.safetensors` holds the moving average of the parameters, which generation uses"
+FILES = {
+    True: f"{_AVERAGED}; `raw_params.safetensors` the raw\nones (`--raw_params`). `config.json` and `model.json` say "
+    "what the numbers mean.",
+    False: f"{_AVERAGED}; the raw ones are not here.\n`config.json` and `model.json` say what the numbers mean.",
+}
+"""What is in the folder, with and without raw parameters."""
+
 
 def model_card(config: Mapping[str, Any], description: Mapping[str, Any], spec: UniMatSpec) -> str:
     """The card's text. description: model.json of the export, with its entry "export"."""
@@ -104,6 +112,7 @@ def model_card(config: Mapping[str, Any], description: Mapping[str, Any], spec: 
     symbols = [SYMBOLS[z] for z in sorted(spec.table.atomic_numbers.ravel().tolist()) if z]
     splits = ", ".join(f"{number:,} {split}" for split, number in data["num_examples"].items())
     limit = config["data"].get("max_train_examples")
+    kinds = {kind: word for kind, word in KINDS.items() if kind in about["parameters_hash"]}
     properties = (f"{p['name']} ({p.get('unit') or 'unit unknown'})" for p in description["condition_schema"])
     return TEXT.format(
         license_yaml=json.dumps(about["license"]),
@@ -123,8 +132,8 @@ def model_card(config: Mapping[str, Any], description: Mapping[str, Any], spec: 
         generate=GENERATE["elements_share" in diffusion or composes(description)],
         method=config["sample"]["method"],
         num_steps=config["sample"]["num_steps"],
-        ema_hash=about["parameters_hash"]["ema"],
-        raw_hash=about["parameters_hash"]["raw"],
+        hashes=", ".join(f"`{about['parameters_hash'][kind]}` {word}" for kind, word in kinds.items()),
+        files=FILES["raw" in kinds],
         description=known["description"],
         splits=f" Crystals: {splits}{f', of which {limit:,} were trained on' if limit else ''}.",
         source=_source(data.get("source") or {}),

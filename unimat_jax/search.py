@@ -21,6 +21,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from unimat_jax import released
 from unimat_jax.cli import Parser, run_program
 from unimat_jax.crystal import Crystal
 from unimat_jax.errors import UserError
@@ -56,7 +57,7 @@ def parser() -> Parser:
                    help="relaxation by soft spheres before the potential: in a fixed or variable cell")  # fmt: skip
     p.add_argument("--max_soft_calls", type=int, default=20, help="force calls of it; they count in --max_force_calls")
     p.add_argument("--output_dir", required=True, type=Path)
-    p.add_argument("--checkpoint", help="the model: a training run's --workdir or an exported one")
+    p.add_argument("--checkpoint", help=f"the model: {released.checkpoint_help()}")
     p.add_argument("--num_steps", type=int, help="of the model's sampler; default: the checkpoint's")
     p.add_argument("--method", help="of the model's sampler; default: the checkpoint's")
     p.add_argument("--energy_model", metavar="NAME",
