@@ -16,6 +16,10 @@ def get_config():
     config.data.random_shift = False  # the network sees differences of coordinates alone
     config.data.shuffle_atoms = False  # and does not know one atom from another
     config.data.size_window = 16  # 9 atoms on average, 24 at most
+    config.model.width = 96
+    config.model.depth = 5
+    config.model.heads = 6
+    config.model.pair_width = 48
     config.model.dropout_rate = 0.1
     config.composition.width = 16  # how many atoms, for samples without a formula
     config.diffusion.sigma_min = 0.005
@@ -24,7 +28,7 @@ def get_config():
     config.optimizer.warmup_steps = 200
     config.optimizer.weight_decay = 0.05
     config.optimizer.ema_decay = 0.999
-    config.train.num_steps = 7_000
+    config.train.num_steps = 6_000
     config.train.batch_size = 128
     config.train.checkpoint_every = 500
     config.train.eval_every = 1_000
