@@ -208,7 +208,8 @@ def exponents(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
         for cost in COSTS:
             points = sorted((row["atoms"], row[cost]) for row in rows if row["variant"] == name and cost in row)
             if len(points) > 2:
-                slope = np.polyfit(*np.log(np.array(points[-3:], float)).T, 1)[0]
+                atoms, costs = np.log(np.array(points[-3:], float)).T
+                slope = np.polyfit(atoms, costs, 1)[0]
                 result.setdefault(name, {})[cost] = round(float(slope), 2)
     return result
 
