@@ -20,6 +20,7 @@ def get_config():
     config.model.depth = 5
     config.model.heads = 6
     config.model.pair_width = 48
+    config.model.directions = True
     config.model.dropout_rate = 0.1
     config.composition.width = 16  # how many atoms, for samples without a formula
     config.diffusion.sigma_min = 0.005

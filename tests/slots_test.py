@@ -137,14 +137,14 @@ def slots_of(counts, size):
 CASES = [(1, 0, 0), (1, 1, 3), (4, 8, 12)]
 
 
-@pytest.fixture(scope="module", params=[0, 4], ids=["all pairs", "4 neighbours"])
+@pytest.fixture(scope="module", params=[{}, {"neighbours": 4, "directions": True}], ids=["all pairs", "4 neighbours"])
 def predict(request):
     """frac [A, 3], counts, size -> (pull [size, 3], lattice) of a wild network."""
-    return predictor(request.param)
+    return predictor(**request.param)
 
 
-def predictor(neighbours):
-    network, params = network_with(neighbours=neighbours)
+def predictor(**changes):
+    network, params = network_with(**changes)
     objective = SlotDiffusion(network.apply, SPEC, **SETTINGS)
     run = jax.jit(lambda frac, lattice, t, slot: objective._predict(params, frac, lattice, t, slot))
 
@@ -205,12 +205,12 @@ def test_padding_changes_nothing_whatever_it_holds(predict, counts):
 
 def test_as_many_neighbours_as_atoms_are_all_pairs_and_fewer_still_see_the_far_ones():
     counts = (1, 8, 12)
-    frac, every = places(counts), predictor(0)
+    frac, every = places(counts), predictor(neighbours=0)
     expected = every(frac, counts)
-    for x, y in zip(predictor(21)(frac, counts), expected, strict=True):
+    for x, y in zip(predictor(neighbours=21)(frac, counts), expected, strict=True):
         np.testing.assert_array_equal(x, y)
-    close([predictor(21)(frac, counts, 24)[0][:21]], expected[:1])  # padded: chosen among, and none unseen
-    few = predictor(4)
+    close([predictor(neighbours=21)(frac, counts, 24)[0][:21]], expected[:1])  # padded: chosen among, and none unseen
+    few = predictor(neighbours=4)
     assert np.abs(few(frac, counts)[0] - expected[0]).max() > 0.01
     # 2 of 20 alike are not among an atom's 4 nearest; whichever element they are, it notices.
     frac[:] = np.linspace(0, 0.4, 21)[:, None] ** 2
@@ -232,7 +232,9 @@ def test_with_neighbours_operations_grow_with_the_atoms_alone():
 NEAR = {"neighbours": 3, "remat": True, "dropout_rate": 0.1}
 
 
-@pytest.mark.parametrize("changes", [{}, {"distances": False}, {"remat": True, "dropout_rate": 0.1}, NEAR])
+@pytest.mark.parametrize(
+    "changes", [{}, {"distances": False}, {"directions": True}, {"remat": True, "dropout_rate": 0.1}, NEAR]
+)
 def test_gradients_are_finite_where_atoms_overlap_and_cells_are_none(changes):
     network, params = network_with(**changes)
     objective = SlotDiffusion(network.apply, SPEC, **SETTINGS)

@@ -122,6 +122,7 @@ def _slots() -> tuple[Any, Any]:
     model.dropout_rate = 0.0
     model.distances = True  # pair geometry: distances in the noisy cell (Angstrom), beside fractional differences
     model.neighbours = 0  # K > 0: each atom attends to its K nearest and the mean of all; 0: to all (dear in big cells)
+    model.directions = False  # ... and where the other atom lies along each axis, in Angstrom; for larger cells
     model.dtype = "float32"  # as the U-Net's
     model.remat = False  # as the U-Net's
 

@@ -52,15 +52,24 @@ def rows(x: jax.Array, indices: jax.Array) -> jax.Array:
     return jax.vmap(lambda x, i: x[i])(x, indices)
 
 
-def pair_features(frac: jax.Array, others: jax.Array, metric: jax.Array | None) -> jax.Array:
+def pair_features(frac: jax.Array, others: jax.Array, metric: jax.Array | None, directions: bool) -> jax.Array:
     """[B, A, N, F] of fractional coordinates [B, A, 3] and of those that each is compared with, [B, A or 1, N, 3]:
-    waves of the differences and, with a metric, a radial basis of the distances in the cell."""
+    waves of the differences and, with a metric, a radial basis of the distances in the cell; with directions, that
+    basis (every second of it) times how far the other is along each axis against the distance, which is as sharp in a
+    large cell as in a small one. Along an axis of length a that is a sin(2 pi d) / 2 pi, the difference where it is
+    small, and periodic."""
     difference = frac[:, :, None] - others
-    features = [f(2 * jnp.pi * k * difference) for k in range(1, WAVES + 1) for f in (jnp.sin, jnp.cos)]
-    if metric is not None:
-        distance = shortest_distances(difference - jnp.round(difference), metric)[..., None]
-        features.append(jnp.exp(-0.5 * jnp.square((distance - jnp.array(RADII)) / 0.5)))
-    return jnp.concatenate(features, -1)
+    waves = [f(2 * jnp.pi * k * difference) for k in range(1, WAVES + 1) for f in (jnp.sin, jnp.cos)]
+    if metric is None:
+        return jnp.concatenate(waves, -1)
+    distance = shortest_distances(difference - jnp.round(difference), metric)[..., None]
+    basis = jnp.exp(-0.5 * jnp.square((distance - jnp.array(RADII)) / 0.5))
+    if not directions:
+        return jnp.concatenate([*waves, basis], -1)
+    lengths = jnp.sqrt(jnp.diagonal(metric, axis1=1, axis2=2))[:, None, None]
+    along = lengths * waves[0] / (2 * jnp.pi) / (distance + 0.5)
+    pointed = along[..., None, :] * basis[..., ::2, None]
+    return jnp.concatenate([*waves, basis, pointed.reshape(*pointed.shape[:-2], -1)], -1)
 
 
 def time_features(time: jax.Array) -> jax.Array:
@@ -133,10 +142,11 @@ class SlotTransformer(nn.Module):
     all zero where padded) and, with any, properties [B, 2 P] (see `conditioning.seen_properties`).
 
     distances: the pair geometry has a radial basis of distances in the noisy cell, beside waves of fractional
-    differences. neighbours: K > 0: each atom attends to the K nearest in the noisy cell, itself among them, and to one
-    entry for all others, which stands for as many as they are: the mean of all keys and values, with the mean geometry
-    of what is far (waves and basis zero). As without where there are no more than K atoms. dtype: of activations and
-    products; parameters, norms, softmax and outputs stay float32. remat: compute each block again for its gradient.
+    differences; directions: and where in it the other atom lies, in Angstrom, for large cells. neighbours: K > 0: each
+    atom attends to the K nearest in the noisy cell, itself among them, and to one entry for all others, which stands
+    for as many as they are: the mean of all keys and values, with the mean geometry of what is far (waves and basis
+    zero). As without where there are no more than K atoms. dtype: of activations and products; parameters, norms,
+    softmax and outputs stay float32. remat: compute each block again for its gradient.
     Raises ValueError for a choice that does not exist.
     """
 
@@ -147,6 +157,7 @@ class SlotTransformer(nn.Module):
     mlp_factor: int = 2
     dropout_rate: float = 0.0
     distances: bool = True
+    directions: bool = False
     neighbours: int = 0
     dtype: str = "float32"
     remat: bool = False
@@ -157,6 +168,8 @@ class SlotTransformer(nn.Module):
         for name in ("width", "depth", "heads", "pair_width", "mlp_factor"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)}: give a whole number above 0")
+        if self.directions and not self.distances:
+            raise ValueError("directions = True goes with distances = True")
         if self.neighbours < 0:
             raise ValueError(f"neighbours = {self.neighbours}: give a whole number above 0, or 0 for all atoms")
         if self.width % self.heads:
@@ -195,7 +208,7 @@ class SlotTransformer(nn.Module):
             offset = jnp.concatenate([offset, jnp.broadcast_to(crowd, (b, a, 1))], -1)
         else:
             near, others, offset = None, frac[:, None], blocked[:, None]
-        pairs = pair_features(frac, others, metric if self.distances else None).astype(dtype)
+        pairs = pair_features(frac, others, metric if self.distances else None, self.directions).astype(dtype)
         if near is not None:
             pairs = jnp.pad(pairs, ((0, 0), (0, 0), (0, 1), (0, 0)))
         block = nn.remat(SlotBlock, static_argnums=(7,)) if self.remat else SlotBlock
