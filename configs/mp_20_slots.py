@@ -1,0 +1,34 @@
+"""MP-20 without the null sites: a transformer over 1 to 20 atoms of 89 elements, compositions learned beside it.
+
+unimat prepare --dataset=mp_20 --source=DIR_WITH_CDVAE_CSV_FILES --data_dir=data
+unimat train --config=mp_20_slots --workdir=runs/mp_20_slots
+
+Cost and result: not run.
+"""
+
+from unimat_jax import default_config
+
+
+def get_config():
+    config = default_config.get_config("slots")
+    config.data.dataset = "mp_20"
+    config.data.random_shift = False  # the network sees differences of coordinates alone
+    config.data.shuffle_atoms = False  # and does not know one atom of an element from another
+    config.data.size_window = 16  # 11 atoms on average, 20 at most
+    config.model.directions = True
+    config.model.dropout_rate = 0.1
+    config.composition.width = 128
+    config.diffusion.sigma_min = 0.005
+    config.optimizer.learning_rate = 1e-3
+    config.optimizer.schedule = "cosine"
+    config.optimizer.warmup_steps = 500
+    config.optimizer.weight_decay = 0.05
+    config.optimizer.ema_decay = 0.999
+    config.train.num_steps = 50_000
+    config.train.batch_size = 128
+    config.train.eval_every = 1_000
+    config.sample.method = "mean"
+    config.sample.num_steps = 100
+    config.sample.time_power = 0.5
+    config.sample.batch_size = 128
+    return config
