@@ -15,7 +15,7 @@ from unimat_jax.periodic_table import SYMBOLS
 from unimat_jax.train_state import SCHEDULES
 
 CONFIGS = sorted(path.stem for path in main.config_directory().glob("*.py") if path.stem != "__init__")
-NEEDED = {"quickstart", "perov_5", "perov_5_slots", "carbon_24", "mp_20", "unimat"}
+NEEDED = {"quickstart", "perov_5", "perov_5_slots", "carbon_24", "carbon_24_slots", "mp_20", "mp_20_slots", "unimat"}
 
 
 def load(*arguments):
@@ -161,5 +161,5 @@ def test_the_papers_values():
 def test_configs_are_found_in_a_wheel_and_in_a_clone():
     assert main.config_directory() == Path(main.__file__).parents[1] / "configs"  # here: a clone
     assert main.config_path("unimat") == str(main.config_directory() / "unimat.py")
-    with pytest.raises(UserError, match="the names are carbon_24, mp_20, perov_5"):
+    with pytest.raises(UserError, match="the names are carbon_24, carbon_24_slots, mp_20"):
         main.config_path("nothing")
