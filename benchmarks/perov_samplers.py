@@ -51,13 +51,11 @@ def generate(generator: Any, references: Sequence[Crystal], setting: dict[str, A
 
     requests = [Request("formula", r.formula, Counter(r.atomic_numbers.tolist())) for r in references]
     settings = generator.settings(batch_size=batch_size, **setting)
-    found, begin, first = [], time.perf_counter(), 0
-    for batch in generator.sample(requests, settings, {}, seed=seed):
-        found += batch
-        if not first:
-            begin, first = time.perf_counter(), len(batch)
-    seconds = time.perf_counter() - begin
-    rate = (len(found) - first) / seconds if len(found) > first else None
+    size = settings.batch_size
+    next(generator.sample(requests[:size], settings, {}, seed=seed))  # compiles
+    begin = time.perf_counter()
+    found = [sample for batch in generator.sample(requests, settings, {}, seed=seed) for sample in batch]
+    rate = len(found) / (time.perf_counter() - begin) if len(found) % size == 0 else None  # else it compiles again
     return [Sample(r, s.crystal, s.status) for r, s in zip(references, found, strict=True)], rate
 
 
