@@ -181,9 +181,8 @@ class CompositionModel:
         fold_in = jax.vmap(jax.random.fold_in, (0, None))
         own_keys = jax.vmap(lambda k: jax.vmap(lambda i: jax.random.fold_in(k, i))(jnp.arange(proposals)))(keys[:, 0])
         many = None if properties is None else repeated(properties)
-        sets = self._draw_elements(
-            params, own_keys.reshape(batch * proposals), *map(repeated, (required, allowed, sizes)), many
-        )
+        own_keys = own_keys.reshape(batch * proposals)
+        sets = self._draw_elements(params, own_keys, repeated(required), repeated(allowed), repeated(sizes), many)
         chosen, num_atoms, weight = (a.reshape(batch, proposals, *a.shape[1:]) for a in sets)
         kept = jax.vmap(jax.random.categorical)(keys[:, 1], weight)
         # Without conditions all weights are the same, and the first is as good, and the same, as of one.
