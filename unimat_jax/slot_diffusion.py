@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +43,7 @@ class SlotDiffusion:
     lattice_weight: float
     property_drop_rate: float = 0.2
 
-    padded = True
+    padded: ClassVar[bool] = True
     METHODS = ("ancestral", "mean", "ddim", "heun")
 
     def __post_init__(self):

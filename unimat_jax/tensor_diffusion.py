@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +41,7 @@ class TensorDiffusion:
     elements_share: float
     property_drop_rate: float
 
-    padded = False
+    padded: ClassVar[bool] = False
 
     def __post_init__(self):
         if self.prediction_type not in diffusion.PREDICTION_TYPES:
