@@ -4,8 +4,8 @@ unimat prepare --dataset=perov_5 --source=DIR_WITH_CDVAE_CSV_FILES --data_dir=da
 unimat train --config=perov_5_slots --workdir=runs/perov_5_slots
 
 Cost: 134 processor-minutes, 98 minutes on two cores that other work shared. Result (2.1 M weights), one sample for each
-of the 3,787 validation compositions, seed 0: match rate 52.1 %, RMSE 0.0645, 1 failure (README, "Measured"). Compositions
-are learned beside it, in 3,000 steps as well as can be told (benchmarks/README.md, "compositions").
+of the 3,787 validation compositions, seed 0: match rate 52.1 %, RMSE 0.0645, 1 failure (README, "Measured").
+Compositions are learned beside it, in 3,000 steps as well as can be told (benchmarks/README.md, "compositions").
 """
 
 from unimat_jax import default_config
