@@ -506,6 +506,8 @@ def test_crystals_of_a_formula(slots_run, tmp_path):
     assert {crystal.formula for crystal in made} <= {"NaCl", "Li2O"}
     with pytest.raises(UserError, match="exact composition"):
         generator.generate(2, elements="Na,Cl")
+    with pytest.raises(UserError, match=r"guidance_weight = 1|guidance_weight\) = 1"):
+        generator.generate(2, formula="NaCl", guidance_weight=1.0)
     with pytest.raises(UserError, match=r"method.* = 'euler'.*'heun'"):
         generator.generate(2, formula="NaCl", method="euler")
 

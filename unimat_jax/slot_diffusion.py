@@ -170,6 +170,11 @@ class SlotDiffusion:
             return jax.vmap(one)(keys)
 
         seen = arrays["properties"]
+        if guidance_weight and not seen.shape[1]:
+            raise UserError(
+                f"config.sample.guidance_weight (--guidance_weight) = {guidance_weight}: the model was trained without "
+                "properties to guide: give 0"
+            )
 
         def predict(frac, lattice, time):
             if not seen.shape[1]:
@@ -212,12 +217,16 @@ class SlotDiffusion:
                 next_frac = next_frac + jnp.where(quiet, 0.0, std * jnp.sqrt(1 - ratio**2)) * x_noise
                 noisy = ancestral_step(lattice, lattice_0, *logsnr, lattice_noise, log_variance_interpolation)
                 next_lattice = jnp.where(quiet, next_lattice, noisy)
-            for n in range(corrector_steps):
-                pulled = evaluate(next_frac, next_lattice, i + 1)[0]
+            quiet = (method == "mean") & (sigmas[i] < mean_below)
+
+            def correct(n, frac):
                 noise = draw(num_steps * (n + 1) + i + 1, jax.random.normal)[0]
-                quiet = (method == "mean") & (sigmas[i] < mean_below)
                 size = jnp.where(quiet, 0.0, math.sqrt(2 * CORRECTION)) * sigmas[i + 1]
-                next_frac = jnp.where(last, next_frac, next_frac - CORRECTION * pulled + size * noise)
+                moved = frac - CORRECTION * evaluate(frac, next_lattice, i + 1)[0] + size * noise
+                return jnp.where(last, frac, moved)
+
+            if corrector_steps:  # in a loop: the network is compiled once more, however many there are
+                next_frac = jax.lax.fori_loop(0, corrector_steps, correct, next_frac)
             return (torus.wrap(next_frac), jnp.where(last, lattice_0, next_lattice)), None
 
         start = draw(0, jax.random.uniform)
