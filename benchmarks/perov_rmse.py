@@ -1,0 +1,114 @@
+"""Where the RMSE of predicted Perov-5 crystals comes from, and what a perfect sampler's would be.
+
+python -m benchmarks.perov_rmse --generated=DIR --reference=perov_5/val.npz --known=perov_5/train.npz --output=FILE.json
+
+DIR: of `unimat generate --compositions_from=val.npz`. Each crystal is laid upon the ideal perovskite by the best of all
+orders of its atoms: which element sits at A, which at B, and how far (root mean square, in shares of the cell) the atoms
+are from the ideal places. A prediction then has the reference's arrangement or another, and both are displaced or not.
+
+The perfect sampler draws among the two real crystals of a composition, where both are in the reference or in --known.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.fingerprints import commit, machine
+from benchmarks.perov_unet import read_generated, read_reference
+from unimat_jax.cli import Parser, run_program
+from unimat_jax.crystal import Crystal
+from unimat_jax.evaluation.matching import match_pairs, reduced_composition
+
+IDEAL = np.array([[0, 0, 0], [0.5, 0.5, 0.5], [0.5, 0.5, 0], [0.5, 0, 0.5], [0, 0.5, 0.5]])
+ORDERS = np.array(list(itertools.permutations(range(5))))
+DISPLACED = 0.02
+"""Share of the cell from which on a crystal counts as displaced: the ideal ones of Perov-5 have less than 0.001."""
+
+
+def laid_on_ideal(crystal: Crystal) -> tuple[tuple[int, int], bool]:
+    """((element at A, at B), displaced or not) of a crystal of five atoms."""
+    away = np.asarray(crystal.frac_coords)[ORDERS] - IDEAL
+    away = away - away[:, :1]
+    away -= np.round(away)
+    for _ in range(2):  # the shift of the origin, and once more where an atom was wrapped by the first
+        away -= away.mean(1, keepdims=True)
+        away -= np.round(away)
+    sizes = np.sqrt(np.square(away).sum(2).mean(1))
+    best = int(sizes.argmin())
+    a, b = np.asarray(crystal.atomic_numbers)[ORDERS[best][:2]].tolist()
+    return (a, b), bool(sizes[best] > DISPLACED)
+
+
+def decomposition(pairs: Sequence[tuple[Crystal | None, Crystal]]) -> dict[str, Any]:
+    """Match rate and RMSE of (prediction, reference), and what each kind of pair gives to them."""
+    distances = match_pairs(pairs).rms_dist
+    rms = np.array([np.nan if d is None else d for d in distances], float)
+    matched = ~np.isnan(rms)
+    kinds = []
+    for prediction, reference in pairs:
+        if prediction is None:
+            kinds.append("failure")
+            continue
+        (sites, displaced), (its_sites, its_displaced) = laid_on_ideal(prediction), laid_on_ideal(reference)
+        word = {True: "displaced", False: "ideal"}
+        same = sites == its_sites
+        kinds.append(f"{word[displaced]} for {word[its_displaced]}" if same else "other arrangement")
+    rows = {}
+    for kind in sorted(set(kinds)):
+        chosen = np.array([k == kind for k in kinds])
+        hit = chosen & matched
+        rows[kind] = {
+            "pairs": int(chosen.sum()),
+            "matched": int(hit.sum()),
+            "mean_rms": float(rms[hit].mean()) if hit.any() else None,
+            "of_the_rmse": float(rms[hit].sum() / matched.sum()),
+        }
+    return {"pairs": len(pairs), "match_rate": float(matched.mean()), "rmse": float(rms[matched].mean()), "kinds": rows}
+
+
+def perfect_sampler(references: Sequence[Crystal], known: Sequence[Crystal]) -> dict[str, float]:
+    """What a coin between the two real crystals of a composition gives, without the coin's own scatter."""
+    alike: dict[Any, list[Crystal]] = defaultdict(list)
+    for crystal in known:
+        alike[reduced_composition(crystal)].append(crystal)
+    both = [(r, other) for r in references for other in alike[reduced_composition(r)] if other.uid != r.uid]
+    distances = match_pairs([(other, reference) for reference, other in both]).rms_dist
+    rms = np.array([d for d in distances if d is not None])
+    crossed = len(rms) / len(both)
+    return {
+        "references": len(both),
+        "other_matches": crossed,
+        "match_rate": (1 + crossed) / 2,
+        "rmse": float(rms.mean() * crossed / (1 + crossed)),
+    }
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = Parser(prog="python -m benchmarks.perov_rmse", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--generated", type=Path, required=True, help="output directory of unimat generate")
+    parser.add_argument("--reference", type=Path, required=True, help="perov_5/val.npz, whose compositions they have")
+    parser.add_argument("--known", type=Path, help="perov_5/train.npz: for the perfect sampler")
+    parser.add_argument("--output", type=Path, required=True, help="a JSON file")
+    arguments = parser.parse(argv)
+    reference = read_reference(arguments.reference)
+    pairs = [(s.crystal, s.reference) for s in read_generated(arguments.generated, reference)]
+    report: dict[str, Any] = {"generated": decomposition(pairs)}
+    if arguments.known:
+        known = [*reference.values(), *read_reference(arguments.known).values()]
+        report["perfect sampler"] = perfect_sampler(list(reference.values()), known)
+    report |= {"commit": commit(), "machine": machine()}
+    arguments.output.write_text(json.dumps(report, indent=1) + "\n")
+    print(json.dumps({k: v for k, v in report.items() if k != "machine"}, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_program(main, sys.argv[1:]))
