@@ -3,8 +3,9 @@
 python -m benchmarks.perov_rmse --generated=DIR --reference=perov_5/val.npz --known=perov_5/train.npz --output=FILE.json
 
 DIR: of `unimat generate --compositions_from=val.npz`. Each crystal is laid upon the ideal perovskite by the best of all
-orders of its atoms: which element sits at A, which at B, and how far (root mean square, in shares of the cell) the atoms
-are from the ideal places. A prediction then has the reference's arrangement or another, and both are displaced or not.
+orders of its atoms: which element sits at A, which at B, and how far the atoms are from the ideal places (root mean
+square, in shares of the cell). A prediction has the arrangement of the reference or another, and both are displaced or
+not.
 
 The perfect sampler draws among the two real crystals of a composition, where both are in the reference or in --known.
 """
@@ -81,13 +82,13 @@ def perfect_sampler(references: Sequence[Crystal], known: Sequence[Crystal]) -> 
         alike[reduced_composition(crystal)].append(crystal)
     both = [(r, other) for r in references for other in alike[reduced_composition(r)] if other.uid != r.uid]
     distances = match_pairs([(other, reference) for reference, other in both]).rms_dist
-    rms = np.array([d for d in distances if d is not None])
-    crossed = len(rms) / len(both)
+    found = [d for d in distances if d is not None]
+    crossed = len(found) / len(both)
     return {
         "references": len(both),
         "other_matches": crossed,
         "match_rate": (1 + crossed) / 2,
-        "rmse": float(rms.mean() * crossed / (1 + crossed)),
+        "rmse": sum(found) / (len(both) + len(found)),  # its own crystal, the other half of the draws, is at zero
     }
 
 

@@ -88,7 +88,9 @@ def test_a_folder_of_runs_is_no_run_but_they_are_named(tmp_path):
 
 
 def test_no_checkpoint_there(tmp_path):
-    with pytest.raises(UserError, match=r"--checkpoint=.*nothing: no such directory, and no released .*; give the --workdir"):
+    with pytest.raises(
+        UserError, match=r"--checkpoint=.*nothing: no such directory, and no released .*; give the --workdir"
+    ):
         read_run(tmp_path / "nothing")
     with pytest.raises(UserError, match=r"no checkpoint there \(model.json and checkpoints/ are missing\)"):
         read_run(tmp_path)

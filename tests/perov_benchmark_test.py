@@ -106,3 +106,34 @@ def test_samples_for_other_compositions_are_refused(program, references, tmp_pat
     assert "manifest.jsonl" in capsys.readouterr().err
     assert run_program(program.main, [f"--reference={tmp_path / 'no.npz'}", f"--output_dir={tmp_path / 'out'}"]) == 2
     assert "--reference" in capsys.readouterr().err
+
+
+def perovskite(numbers, displaced: float, uid: str) -> Crystal:
+    places = [[0, 0, displaced], [0.5, 0.5, 0.5], [0.5, 0.5, 0], [0.5, 0, 0.5], [0, 0.5, 0.5]]
+    return Crystal.create(numbers, places, 4.0 * np.eye(3), uid)
+
+
+def test_the_rmse_is_shared_out_by_arrangement_and_displacement(program):
+    from benchmarks.perov_rmse import decomposition, laid_on_ideal, perfect_sampler
+
+    ideal, displaced = perovskite([56, 22, 8, 8, 8], 0.0, "a"), perovskite([56, 22, 8, 8, 8], 0.15, "b")
+    swapped = perovskite([22, 56, 8, 8, 8], 0.0, "c")
+    order = [3, 1, 0, 4, 2]
+    shifted = Crystal.create(
+        ideal.atomic_numbers[order], (ideal.frac_coords[order] + [0.3, 0.9, 0.45]) % 1, ideal.lattice, "d"
+    )
+    assert laid_on_ideal(ideal) == laid_on_ideal(shifted) == ((56, 22), False)
+    assert laid_on_ideal(displaced) == ((56, 22), True) and laid_on_ideal(swapped) == ((22, 56), False)
+    report = decomposition([(ideal, displaced), (shifted, ideal), (swapped, ideal), (None, ideal)])
+    rows = report["kinds"]
+    assert {name: row["pairs"] for name, row in rows.items()} == {
+        "ideal for displaced": 1, "ideal for ideal": 1, "other arrangement": 1, "failure": 1
+    }  # fmt: skip
+    assert report["match_rate"] == pytest.approx(0.5)  # another arrangement of an ideal crystal is another crystal
+    assert report["rmse"] == pytest.approx(sum(row["of_the_rmse"] for row in rows.values()))
+    # One atom of five is 0.6 A away; without the shift of all that leaves sqrt(4) / 5 of it as the root mean square.
+    wide = (64 / 5) ** (1 / 3)
+    assert rows["ideal for displaced"]["mean_rms"] == pytest.approx(0.6 * 2 / 5 / wide, rel=0.01)
+    assert perfect_sampler([ideal], [ideal, swapped]) | {"rmse": None} == {
+        "references": 1, "other_matches": 0.0, "match_rate": 0.5, "rmse": None
+    }  # fmt: skip
