@@ -76,6 +76,13 @@ def matmul_peak(dtype: str, sizes: Sequence[int] = (1024, 2048, 4096), repeats: 
     return best
 
 
+def versions() -> dict[str, str]:
+    return {
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("jax", "jaxlib", "flax", "optax")},
+    }
+
+
 class Ours:
     """What the benchmark asks of us. `train` and `sample` compile in their first call."""
 
@@ -120,10 +127,7 @@ class Ours:
                 [(name, len(parts)) for name, parts in modules if name.endswith("_attention")], group_of
             ),
             "threads": available_cores(),
-            "versions": {
-                "python": platform.python_version(),
-                **{name: version(name) for name in ("jax", "jaxlib", "flax", "optax")},
-            },
+            "versions": versions(),
             "x_0": np.asarray(x_0).tolist(),
             "null": NULL_VALUE,
         }

@@ -1,6 +1,9 @@
 """Where the time of the train step of peer_unet3d.py goes on a CPU, by kind of operation, and what its floor is.
 
 python -m benchmarks.profile_step --output=benchmarks/profile_step.json
+python -m benchmarks.profile_step --config=perov_5_slots --data_dir=data --output=benchmarks/perov_slots/profile.json
+
+With --config, that of any config, on the first batch of its data set (without a model of compositions).
 
 Thread time of XLA's own trace over a few steps, each operation put into one kind by its name. Floors, in seconds a
 step: products at the speed of the best matrix product measured in this run; the same plus the least traffic of
@@ -25,11 +28,15 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.fingerprints import commit, machine
-from benchmarks.peer_jax import Ours, matmul_peak
+from benchmarks.peer_jax import Ours, matmul_peak, versions
 from benchmarks.peer_torch import timed
 from benchmarks.peer_unet3d import BATCH, LEVELS
+from unimat_jax import data, sharding
+from unimat_jax.assembly import assemble
 from unimat_jax.cli import Parser, run_program
 from unimat_jax.evaluation.pool import available_cores
+from unimat_jax.flops import count_flops
+from unimat_jax.main import load_config
 
 KINDS = {
     "products and convolutions": r"dot|convolution|matmul|ynn|onednn",  # XLA hands most of them to such libraries
@@ -38,6 +45,7 @@ KINDS = {
     "sums": r"reduce",
 }
 """By the name of an operation (a fusion's tells what it is made of), the first that fits; else "element-wise"."""
+NETWORKS = ("UNet3D", "SlotTransformer")
 OUTSIDE = "outside the network: Adam, moving average, norms of gradients and parameters, loss"
 OPTIMIZER_BYTES = 10 * 4
 """A parameter: the gradient written and read; parameter, two moments and average each read and written, in float32."""
@@ -49,8 +57,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--rounds", type=int, default=10)
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--output", type=Path, default=Path("benchmarks/profile_step.json"))
+    p.add_argument("--config", help="name or file; default: the network of peer_unet3d.py")
+    p.add_argument("--data_dir", default="data", help="with --config: where its data set is")
     arguments = p.parse(sys.argv[1:] if argv is None else argv)
-    ours = Ours()
+    ours = OfConfig(arguments.config, arguments.data_dir) if arguments.config else Ours()
     about = ours.setup(BATCH, LEVELS, arguments.seed, {})
     for _ in range(3):
         ours.train()
@@ -63,7 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         trace = max(Path(folder).rglob("*.trace.json.gz"))
         events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
     kinds, number = by_kind(events, scopes(text))
-    flops, peak, bandwidth = ours.flops()["train_step"], matmul_peak("float32"), memory_bandwidth()
+    flops = count_flops(ours.train_step, ours.shapes, ours.batch, ours.key)
+    peak, bandwidth = matmul_peak("float32"), memory_bandwidth()
     threads = available_cores()
     optimizer = about["num_params"] * OPTIMIZER_BYTES / bandwidth
     products = kinds["products and convolutions"] / arguments.steps / threads
@@ -83,6 +94,44 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments.output.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))
     return 0
+
+
+class OfConfig:
+    """The train step of a config and its first batch."""
+
+    def __init__(self, name: str, data_dir: str):
+        self.config = load_config([f"--config={name}", "--workdir=", f"--config.data.data_dir={data_dir}"])[0]
+        self.config.composition.width = 0
+
+    def setup(self, batch_size: int, max_atoms_per_element: int, seed: int, settings: Mapping[str, Any]) -> Any:
+        """As `Ours.setup`; the config says how large the batch and what the network is."""
+        del batch_size, max_atoms_per_element, settings
+        chosen = self.config.data
+        directory = data.dataset_directory(chosen.dataset, chosen.data_dir)
+        spec = data.make_spec(data.read_statistics(directory), table=chosen.table)
+        augmentation = {name: chosen[name] for name in ("shuffle_atoms", "random_shift", "origin_shift", "random_axes")}
+        batches = data.BatchMaker(
+            data.RecordSource(directory, "train"),
+            spec,
+            batch_size=self.config.train.batch_size,
+            seed=seed,
+            augmentation=augmentation,
+            size_window=chosen.size_window,
+        )
+        programs = assemble(self.config, spec, [], sharding.make_mesh())
+        self.batch, self.key = jax.tree.map(jnp.asarray, batches(0)), jax.random.key(seed)
+        self.state, self.train_step, self.shapes = programs.init(), programs.train_step, programs.shapes
+        return {"num_params": programs.num_params, "versions": versions()}
+
+    def train(self) -> float:
+        """Seconds of one step, of which the loss is read."""
+
+        def step():
+            self.state, metrics = self.train_step(self.state, self.batch, self.key)
+            jax.block_until_ready(self.state)
+            float(metrics["train/loss"])
+
+        return timed(step)
 
 
 def scopes(hlo: str) -> dict[str, str]:
@@ -105,7 +154,7 @@ def by_kind(events: Sequence[Mapping[str, Any]], scope_of: Mapping[str, str]) ->
             continue
         scope = scope_of[name]
         kind = next((kind for kind, pattern in KINDS.items() if re.search(pattern, name)), "element-wise")
-        if scope and "UNet3D" not in scope:
+        if scope and not any(network in scope for network in NETWORKS):
             kind = OUTSIDE
         seconds[kind] += event["dur"] / 1e6
         number += 1
