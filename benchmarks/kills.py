@@ -32,6 +32,7 @@ from unimat_jax.errors import UserError
 from unimat_jax.main import config_path
 
 SETTINGS = {
+    "data.dataset": "starter",
     "model.base_channels": 8,
     "model.channel_multipliers": (1, 2),
     "train.batch_size": 16,
@@ -134,7 +135,7 @@ def compared(killed: Run, straight: Run, num_steps: int) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     p = Parser(prog="python -m benchmarks.kills", description=__doc__)
-    p.add_argument("--config", default="quickstart")
+    p.add_argument("--config", default="perov_5")
     p.add_argument("--data_dir", required=True, help="with the config's data set")
     p.add_argument("--kills", type=int, default=30)
     p.add_argument("--num_steps", type=int, default=300)

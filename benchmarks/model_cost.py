@@ -21,10 +21,10 @@ from unimat_jax.representation import UniMatSpec
 
 SIZES = {"unimat": ("small", "medium", "large")}
 """Configs that come in several sizes."""
-DATA_GRIDS = {"starter": (3, 5, 18), "perov_5": (3, 6, 17), "carbon_24": (24, 1, 1), "mp_20": (20, 9, 18)}
+DATA_GRIDS = {"starter": (3, 8, 18), "perov_5": (3, 6, 17), "carbon_24": (24, 1, 1), "mp_20": (20, 9, 18)}
 """(L, H, W) of a data set's own table, as the training program announces it: most atoms of one element, and the rows
 and columns that have an element of it. "starter" is the quickstart's selection of it."""
-DATA_ATOMS = {"perov_5": 5}
+DATA_ATOMS = {"perov_5": 5, "starter": 5}
 """Atoms of a data set's largest crystal, where a network of slots asks for it and it is more than L."""
 HEADER = """| config | L x H x W | parameters | forward, GFLOP | training, GFLOP |
 |---|---|---|---|---|"""

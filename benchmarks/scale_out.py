@@ -29,6 +29,7 @@ from unimat_jax.main import config_path, load_config
 from unimat_jax.representation import UniMatSpec
 
 NETWORK = {
+    "data.dataset": "starter",
     "model.base_channels": 64,
     "model.channel_multipliers": (1, 2, 4),
     "model.num_res_blocks": 1,
@@ -126,7 +127,7 @@ def memory(config: Any, description: dict[str, Any], fsdp: int) -> dict[str, Any
 
 def main(argv: Sequence[str] | None = None) -> int:
     p = Parser(prog="python -m benchmarks.scale_out", description=__doc__)
-    p.add_argument("--config", default="quickstart")
+    p.add_argument("--config", default="perov_5")
     p.add_argument("--data_dir", required=True, help="with the config's data set")
     p.add_argument("--num_steps", type=int, default=50)
     p.add_argument("--workdir", type=Path, required=True)
