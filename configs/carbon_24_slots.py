@@ -31,12 +31,14 @@ def get_config():
     config.optimizer.warmup_steps = 200
     config.optimizer.weight_decay = 0.05
     config.optimizer.ema_decay = 0.999
-    config.train.num_steps = 6_000
+    config.train.num_steps = 16_000
     config.train.batch_size = 128
     config.train.checkpoint_every = 500
     config.train.eval_every = 1_000
     config.train.eval_examples = 512
+    config.sample.method = "mean"
     config.sample.num_steps = 100
+    config.sample.mean_below = 0.05
     config.sample.time_power = 0.5
     config.sample.batch_size = 128
     return config

@@ -176,9 +176,10 @@ def test_references_without_a_prediction_count_unless_left_out(files, capsys):
     for only in (False, True):
         scored = evaluate.evaluate(
             [path], reference=[files["reference"]], spec="csp", output_dir=files["folder"] / f"half-{only}",
-            only_predicted=only, baseline_samples=0, num_workers=0,
+            only_predicted=only, with_metre=not only, baseline_samples=0, num_workers=0,
         )  # fmt: skip
         rates[only] = scored.metrics["match_rate"].value
+        assert ("metre" in scored.metrics) == ("crmse" in scored.metrics) == (not only)
     assert rates == {False: 0.5, True: 1.0}
     assert f"{NUMBER // 2} of {NUMBER} references have no prediction" in capsys.readouterr().err
 

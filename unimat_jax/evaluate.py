@@ -71,6 +71,8 @@ def parser() -> Parser:
     p.add_argument("--relaxed", action="store_true", help="the structures are relaxed; only recorded")
     p.add_argument("--only_predicted", action="store_true", help="csp: leave out references that nothing predicts; "
                    "without it they count as unmatched")  # fmt: skip
+    p.add_argument("--no_metre", dest="with_metre", action="store_false", help="csp: leave out METRe and cRMSE, which "
+                   "compare all structures of one composition: hours where it has thousands (Carbon-24)")  # fmt: skip
     p.add_argument("--baseline_samples", type=int, default=1000, help="size of the two rows to compare with; 0: none")
     p.add_argument("--num_workers", type=int, help="processes; default: all cores")
     existing = p.add_mutually_exclusive_group()
@@ -92,6 +94,7 @@ def evaluate(
     e_above_hull: str = "",
     relaxed: bool = False,
     only_predicted: bool = False,
+    with_metre: bool = True,
     baseline_samples: int = 1000,
     num_workers: int | None = None,
 ) -> Scored:
@@ -131,6 +134,7 @@ def evaluate(
         cutoffs=cutoffs,
         energies=_shared_energies(entries, reference_entries),
         e_above_hull=e_above_hull,
+        with_metre=with_metre,
         **shared,
     )
     if e_above_hull and not any(e_above_hull in entry.properties for entry in entries):

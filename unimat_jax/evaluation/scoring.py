@@ -50,7 +50,8 @@ SPECS = {
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """What a set is scored against. reference, training: measured; known: for novelty; energy_column: e_above_hull."""
+    """What a set is scored against. reference, training: measured; known: for novelty; energy_column: e_above_hull;
+    with_metre: see `csp_metrics`."""
 
     spec: Spec
     reference: list[Measured]
@@ -59,6 +60,7 @@ class Task:
     cutoffs: tuple[float, float]
     energies: tuple[str, ...] = ()
     e_above_hull: str = ""
+    with_metre: bool = True
     num_workers: int | None = None
     cache_dir: Path | None = None
 
@@ -124,6 +126,7 @@ def _csp(columns: list[dict[str, Any]], measured: Sequence[Measured], task: Task
         pairs,
         sample_valid=[m.valid for m in measured],
         reference_valid={uid: m.valid for uid, m in references.items()},
+        with_metre=task.with_metre,
         num_workers=task.num_workers,
     )
     for column, row in zip(columns, result.rows, strict=True):
