@@ -36,8 +36,8 @@ def get_config():
     config.train.eval_every = 1_000
     config.train.eval_examples = 512
     config.sample.method = "mean"
-    config.sample.num_steps = 100
-    config.sample.mean_below = 0.05
+    config.sample.num_steps = 50
+    config.sample.corrector_steps = 3  # more of the samples are real crystals, fewer are different ones
     config.sample.time_power = 0.5
     config.sample.batch_size = 128
     return config
