@@ -136,7 +136,7 @@ def compared(killed: Run, straight: Run, num_steps: int) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> int:
     p = Parser(prog="python -m benchmarks.kills", description=__doc__)
     p.add_argument("--config", default="perov_5")
-    p.add_argument("--data_dir", required=True, help="with the config's data set")
+    p.add_argument("--data_dir", required=True, help="with the data set starter, as the quickstart makes it")
     p.add_argument("--kills", type=int, default=30)
     p.add_argument("--num_steps", type=int, default=300)
     p.add_argument("--devices", type=int, default=2)

@@ -128,7 +128,7 @@ def memory(config: Any, description: dict[str, Any], fsdp: int) -> dict[str, Any
 def main(argv: Sequence[str] | None = None) -> int:
     p = Parser(prog="python -m benchmarks.scale_out", description=__doc__)
     p.add_argument("--config", default="perov_5")
-    p.add_argument("--data_dir", required=True, help="with the config's data set")
+    p.add_argument("--data_dir", required=True, help="with the data set starter, as the quickstart makes it")
     p.add_argument("--num_steps", type=int, default=50)
     p.add_argument("--workdir", type=Path, required=True)
     p.add_argument("--output_dir", type=Path, default=Path("benchmarks/scale_out"))
