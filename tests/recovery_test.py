@@ -1,6 +1,7 @@
 """Nothing is lost: bad batches, kills, damaged and half-written checkpoints, a full disk, runs of older versions."""
 
 import asyncio
+import gc
 import json
 import shutil
 import signal
@@ -180,6 +181,25 @@ def test_arrays_that_are_written_after_another_failed_say_nothing(tmp_path, monk
     task._log_destroy_pending = False
     sys.unraisablehook(types.SimpleNamespace(exc_value=RuntimeError("another")))
     assert [str(error) for error in told] == ["another"]
+
+
+@pytest.mark.parametrize(("written_by", "heard"), [("orbax/checkpoint/_src/serialization.py", 0), ("another.py", 1)])
+def test_arrays_that_fail_after_another_failed_say_nothing(tmp_path, caplog, written_by, heard):
+    """The other way to come to an end too late: nobody asks the task any more what became of it."""
+    Checkpoints(tmp_path).close()
+    scope: dict = {}
+    exec(compile("async def write(): raise ValueError('disk full')", written_by, "exec"), scope)
+
+    async def begin() -> None:
+        task = asyncio.ensure_future(scope["write"]())
+        await asyncio.sleep(0)
+        assert task.done()
+
+    asyncio.run(begin())
+    gc.collect()
+    assert [record.message.splitlines()[0] for record in caplog.records if record.name == "asyncio"] == [
+        "Task exception was never retrieved"
+    ] * heard
 
 
 def test_killed_again_and_again_it_ends_as_if_it_had_not_been(trained, tiny_data, tmp_path):

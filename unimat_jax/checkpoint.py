@@ -14,6 +14,7 @@ import logging
 import math
 import shutil
 import sys
+import traceback
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -62,9 +63,16 @@ def _is_no_error_of_orbax(record: logging.LogRecord) -> bool:
     return record.levelno < logging.ERROR or "orbax" not in record.pathname
 
 
+def _is_no_late_write(record: logging.LogRecord) -> bool:
+    frames = traceback.walk_tb(record.exc_info[2]) if record.exc_info else ()
+    return not any("orbax" in frame.f_code.co_filename for frame, _ in frames)
+
+
 def _drop_late_writes() -> None:
     """Where one array of a checkpoint cannot be written, orbax ends the event loop of all, and each of the others that
-    comes to its end writes a traceback to the standard error. What failed is told by `Checkpoints._told`."""
+    comes to its end writes a traceback to the standard error, by one of two ways. What failed is told by
+    `Checkpoints._told`."""
+    logging.getLogger("asyncio").addFilter(_is_no_late_write)
     before = sys.unraisablehook
     if getattr(before, "drops_late_writes", False):
         return
