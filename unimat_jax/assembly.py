@@ -133,9 +133,15 @@ def assemble(config: Any, spec: UniMatSpec, schema: Sequence[Mapping[str, Any]],
         final_factor=o.final_factor,
     )
     composition = create_composition(config.composition, spec, len(schema), config.diffusion.property_drop_rate)
-    optimizer = make_optimizer(schedule, b1=o.b1, b2=o.b2, weight_decay=o.weight_decay, grad_clip=o.grad_clip)
+    if o.name == "muon" and config.model.name != "slots":
+        raise UserError(
+            f"config.optimizer.name = 'muon' is for config.model.name = 'slots', and this is {config.model.name!r}, whose "
+            "kernels are no matrices: take 'adam'"
+        )
+    settings = {"b1": o.b1, "b2": o.b2, "weight_decay": o.weight_decay, "grad_clip": o.grad_clip}
+    optimizer = make_optimizer(schedule, name=o.name, **settings)
     if composition is not None:  # each with its own clip: neither feels the other
-        parts: dict[Any, Any] = {"network": optimizer, COMPOSITION: optimizer}
+        parts: dict[Any, Any] = {"network": optimizer, COMPOSITION: make_optimizer(schedule, **settings)}
         optimizer = optax.partition(parts, lambda tree: {k: k if k == COMPOSITION else "network" for k in tree})
     init_key = jax.random.fold_in(jax.random.key(config.train.seed), 0)
 

@@ -40,6 +40,7 @@ def get_config(model: str = "unet3d") -> Any:  # a ConfigDict; its fields are un
     config.composition.dropout_rate = 0.1
 
     config.optimizer = ConfigDict()
+    config.optimizer.name = "adam"  # (paper); "muon": for slots, the matrices of its blocks by Muon, the rest by Adam
     config.optimizer.learning_rate = 1e-4  # (paper)
     config.optimizer.schedule = "constant"  # "cosine", "linear"
     config.optimizer.warmup_steps = 1000

@@ -10,10 +10,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from optax.contrib import MuonDimensionNumbers, muon
 
 from unimat_jax.errors import UserError
 
 SCHEDULES = ("constant", "cosine", "linear")
+OPTIMIZERS = ("adam", "muon")
+MUON_FACTOR = 3.0
+"""Learning rate of Muon in those of Adam, where both change a matrix by as much. benchmarks/README.md, "Muon"."""
 
 
 @functools.partial(
@@ -46,11 +50,39 @@ def make_schedule(
 
 
 def make_optimizer(
-    schedule: optax.Schedule, *, b1: float, b2: float, weight_decay: float, grad_clip: float
+    schedule: optax.Schedule, *, b1: float, b2: float, weight_decay: float, grad_clip: float, name: str = "adam"
 ) -> optax.GradientTransformation:
-    """Adam as the paper has it (0.9, 0.99, no decay), behind a clip of the global gradient norm (0 switches it off)."""
+    """Adam as the paper has it (0.9, 0.99, no decay), behind a clip of the global gradient norm (0 switches it off).
+    name "muon": the matrices between tokens by Muon (Jordan 2024, with the update's size of Liu et al. 2502.16982), the
+    rest by Adam without decay. Raises UserError for another name, and by its `init` where there are no such matrices.
+    """
+    if name not in OPTIMIZERS:
+        raise UserError(f"config.optimizer.name = {name!r}: choose from {OPTIMIZERS}")
     clip = optax.clip_by_global_norm(grad_clip) if grad_clip else optax.identity()
-    return optax.chain(clip, optax.adamw(schedule, b1=b1, b2=b2, weight_decay=weight_decay))
+    if name == "adam":
+        return optax.chain(clip, optax.adamw(schedule, b1=b1, b2=b2, weight_decay=weight_decay))
+    by_muon = muon(
+        lambda step: MUON_FACTOR * schedule(step),
+        weight_decay=weight_decay,
+        adam_learning_rate=schedule,
+        adam_b1=b1,
+        adam_b2=b2,
+        muon_weight_dimension_numbers=_matrices,
+        consistent_rms=0.2,  # an update of Adam's size
+    )
+    return optax.chain(clip, by_muon)
+
+
+def _matrices(params: Any) -> Any:
+    """A MuonDimensionNumbers for each weight matrix of a transformer's blocks, None for all else: embeddings, outputs,
+    biases and what the noise level scales (Muon is for what turns features into features)."""
+
+    def one(path: tuple[Any, ...], array: Any) -> MuonDimensionNumbers | None:
+        names = [entry.key for entry in path if hasattr(entry, "key")]
+        inside = any(name.startswith("block_") for name in names) and not {"film", "pair_bias"} & set(names)
+        return MuonDimensionNumbers() if inside and array.ndim == 2 else None
+
+    return jax.tree_util.tree_map_with_path(one, params)
 
 
 def create_state(init: Callable[[], Any], optimizer: optax.GradientTransformation) -> TrainState:
