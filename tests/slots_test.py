@@ -483,14 +483,21 @@ def test_training_logs_what_the_u_net_logs(slots_run):
     assert json.loads((slots_run / "model.json").read_text())["model"]["name"] == "slots"
 
 
-def test_a_run_goes_on_bit_for_bit_and_on_another_mesh_to_rounding(slots_run, tiny_data, tmp_path, monkeypatch):
+@pytest.mark.parametrize("optimizer", ["adam", "muon"])
+def test_a_run_goes_on_bit_for_bit_and_on_another_mesh_to_rounding(
+    slots_run, tiny_data, tmp_path, monkeypatch, optimizer
+):
     def gone_on(name, **changes):
-        workdir = shutil.copytree(slots_run, tmp_path / name)
+        workdir = shutil.copytree(run, tmp_path / name)
         shutil.rmtree(workdir / "checkpoints" / "6")
-        train(config(tiny_data, train__sample_every=0, **changes), workdir)
+        train(config(tiny_data, train__sample_every=0, optimizer__name=optimizer, **changes), workdir)
         return Generator(workdir)
 
-    before = Generator(slots_run)
+    run = slots_run
+    if optimizer == "muon":
+        run = tmp_path / "run"
+        train(config(tiny_data, optimizer__name="muon"), run)
+    before = Generator(run)
     assert gone_on("again").params_hash == before.params_hash
     monkeypatch.setattr(sharding, "MIN_SIZE_TO_SHARD", 32)
     other = gone_on("sharded", train__fsdp=2)

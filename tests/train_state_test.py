@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from unimat_jax.errors import UserError
-from unimat_jax.train_state import apply_gradients, create_state, make_optimizer, make_schedule
+from unimat_jax.train_state import MUON_FACTOR, apply_gradients, create_state, make_optimizer, make_schedule
 
 ADAM = {"b1": 0.9, "b2": 0.99, "weight_decay": 0.0}
 
@@ -51,6 +51,31 @@ def test_the_clip_bounds_the_global_norm():
         moments = optax.tree_utils.tree_get(state, "mu")
         np.testing.assert_allclose(moments["a"], 0.1 * factor * gradients["a"], rtol=1e-5)  # 1 - b1 times the gradient
         np.testing.assert_allclose(optax.tree_utils.tree_get(state, "nu")["b"], 0.01 * (40 * factor) ** 2, rtol=1e-5)
+
+
+def test_muon_changes_matrices_of_blocks_in_all_directions_alike_and_the_rest_as_nadam():
+    """Its first update is -MUON_FACTOR x learning rate x 0.2 sqrt(max(n, m)) times the nearest orthogonal matrix, which
+    five Newton-Schulz iterations have to within a factor of 0.6 to 1.3 in each singular value."""
+    rng = np.random.default_rng(0)
+    kernel = {"kernel": jnp.asarray(rng.normal(size=(6, 16)), jnp.float32), "bias": jnp.ones(16)}
+    params = {"block_0": {"qkv": kernel, "film": kernel, "pair_bias": kernel}, "elements": kernel}
+    gradients = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32), params)
+    rate, settings = optax.constant_schedule(0.1), {"grad_clip": 0.0, **ADAM}
+    by_adam, by_muon = optax.nadam(rate, 0.9, 0.99), make_optimizer(rate, name="muon", **settings)
+    adam, _ = by_adam.update(gradients, by_adam.init(params), params)
+    update, _ = by_muon.update(gradients, by_muon.init(params), params)
+    found, wanted = (tree["block_0"]["qkv"].pop("kernel") for tree in (update, gradients))
+    adam["block_0"]["qkv"].pop("kernel")
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), update, adam)
+    left, values, right = np.linalg.svd(wanted, full_matrices=False)
+    assert values[0] / values[-1] > 1.8, "the gradient itself is not alike in all directions"
+    along = np.einsum("ik,ij,kj->k", left, found, right) / (MUON_FACTOR * 0.1 * 0.2 * np.sqrt(16))
+    assert ((along > -1.3) & (along < -0.6)).all()
+
+
+def test_an_unknown_optimizer_is_named():
+    with pytest.raises(UserError, match=r"config.optimizer.name = 'sgd'.*adam.*muon"):
+        make_optimizer(optax.constant_schedule(0.1), name="sgd", grad_clip=0.0, **ADAM)
 
 
 def test_two_updates_by_hand():

@@ -177,6 +177,7 @@ def test_other_data_of_the_same_name_is_refused(trained, tmp_path):
         ({"sample__num_steps": 0}, r"config.sample.num_steps = 0"),
         ({"sample__method": "euler"}, r"config.sample.method .* = 'euler'.*ancestral.*ddim"),
         ({"optimizer__schedule": "step"}, r"config.optimizer.schedule = 'step'"),
+        ({"optimizer__name": "muon"}, r"config.optimizer.name = 'muon' with config.model.name = 'unet3d': take 'adam'"),
         ({"model__name": "transformer"}, r"config.model.name = 'transformer'.*unet3d"),
         ({"data__dataset": "mine"}, r"no data set 'mine'.*unimat prepare"),
         ({"data__properties": ("gap",)}, r"config.data.properties has 'gap'"),

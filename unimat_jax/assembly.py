@@ -135,8 +135,8 @@ def assemble(config: Any, spec: UniMatSpec, schema: Sequence[Mapping[str, Any]],
     composition = create_composition(config.composition, spec, len(schema), config.diffusion.property_drop_rate)
     if o.name == "muon" and config.model.name != "slots":
         raise UserError(
-            f"config.optimizer.name = 'muon' is for config.model.name = 'slots', and this is {config.model.name!r}, whose "
-            "kernels are no matrices: take 'adam'"
+            f"config.optimizer.name = 'muon' with config.model.name = {config.model.name!r}: take 'adam', Muon is for "
+            "the matrices of 'slots'"
         )
     settings = {"b1": o.b1, "b2": o.b2, "weight_decay": o.weight_decay, "grad_clip": o.grad_clip}
     optimizer = make_optimizer(schedule, name=o.name, **settings)

@@ -53,9 +53,8 @@ def make_optimizer(
     schedule: optax.Schedule, *, b1: float, b2: float, weight_decay: float, grad_clip: float, name: str = "adam"
 ) -> optax.GradientTransformation:
     """Adam as the paper has it (0.9, 0.99, no decay), behind a clip of the global gradient norm (0 switches it off).
-    name "muon": the matrices between tokens by Muon (Jordan 2024, with the update's size of Liu et al. 2502.16982), the
-    rest by Adam without decay. Raises UserError for another name, and by its `init` where there are no such matrices.
-    """
+    name "muon": the matrices of a transformer's blocks by Muon (Jordan 2024; the update's size as in Liu et al.,
+    2502.16982), with Nesterov's momentum, and so the rest by Adam without decay. Raises UserError for another name."""
     if name not in OPTIMIZERS:
         raise UserError(f"config.optimizer.name = {name!r}: choose from {OPTIMIZERS}")
     clip = optax.clip_by_global_norm(grad_clip) if grad_clip else optax.identity()
