@@ -137,3 +137,17 @@ def test_the_rmse_is_shared_out_by_arrangement_and_displacement(program):
     assert perfect_sampler([ideal], [ideal, swapped]) | {"rmse": None} == {
         "references": 1, "other_matches": 0.0, "match_rate": 0.5, "rmse": None
     }  # fmt: skip
+
+
+def test_what_can_be_had_without_a_model(program):
+    from benchmarks.floors import split_distances, template, template_scores
+
+    ideal, swapped = perovskite([56, 22, 8, 8, 8], 0.0, "a"), perovskite([22, 56, 8, 7, 9], 0.0, "b")
+    assert [guess.atomic_numbers.tolist() for guess in template(swapped)] == [[22, 56, 8, 7, 9], [56, 22, 8, 7, 9]]
+    with pytest.raises(ValueError, match="Ba2O4 is no ABX3"):
+        template(Crystal.create([56, 56, 8, 8, 8, 8], np.eye(6, 3), 4.0 * np.eye(3)))
+    scores = template_scores([ideal, swapped])
+    assert scores["one sample"]["match_rate"] == 0.5 and scores["20 samples"]["match_rate"] == 1.0
+    assert scores["20 samples"]["rmse"] == pytest.approx(0, abs=1e-6)
+    same = split_distances([ideal, swapped], [ideal, swapped], [1, 4000], 50, 0)["number of elements"]
+    assert same["all"] == 0 and same["1"]["mean"] == pytest.approx(1.0) and same["4000"]["95 %"] < 0.1
