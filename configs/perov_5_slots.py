@@ -20,13 +20,12 @@ def get_config():
     config.model.dropout_rate = 0.1
     config.diffusion.sigma_min = 0.005
     config.composition.width = 64  # for samples without a formula
-    config.optimizer.name = "muon"
-    config.optimizer.learning_rate = 2e-3
+    config.optimizer.learning_rate = 1e-3
     config.optimizer.schedule = "cosine"
     config.optimizer.warmup_steps = 200
     config.optimizer.weight_decay = 0.05
     config.optimizer.ema_decay = 0.999
-    config.train.num_steps = 12_000
+    config.train.num_steps = 11_500
     config.train.batch_size = 256
     config.train.checkpoint_every = 500
     config.train.eval_every = 1_000
