@@ -3,7 +3,8 @@
 unimat prepare --dataset=mp_20 --source=DIR_WITH_CDVAE_CSV_FILES --data_dir=data
 unimat train --config=mp_20_slots --workdir=runs/mp_20_slots
 
-Cost and result: not run.
+Cost and result of the first 5,000 steps (--config.train.num_steps=5000, a part of the training split): half an hour on
+two idle cores, match rate 22.8 %, RMSE 0.184 (benchmarks/README.md, "MP-20 by slots"). The 12,000 were not run.
 """
 
 from unimat_jax import default_config
