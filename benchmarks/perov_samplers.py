@@ -27,7 +27,7 @@ from unimat_jax.cli import Parser, run_program
 from unimat_jax.crystal import Crystal
 from unimat_jax.errors import UserError
 
-FIELDS = ("method", "num_steps", "time_power", "mean_below", "corrector_steps")
+FIELDS = ("method", "num_steps", "time_power", "mean_below", "noise_below", "corrector_steps")
 
 
 def setting_of(text: str) -> dict[str, Any]:
@@ -36,7 +36,7 @@ def setting_of(text: str) -> dict[str, Any]:
     try:
         pairs = [pair.split("=") for pair in rest[0].split(",") if pair]
         numbers = {name: int(value) if name == "corrector_steps" else float(value) for name, value in pairs}
-        if numbers.keys() - {"time_power", "mean_below", "corrector_steps"}:
+        if numbers.keys() - {*FIELDS[2:]}:
             raise ValueError
         return {"method": method, "num_steps": int(steps), **numbers}
     except ValueError as error:

@@ -385,6 +385,8 @@ def test_the_narrow_method_is_as_narrow_as_it_is_told():
     wide, narrow, narrower = width(mean_below=0.0), width(mean_below=0.05), width(mean_below=0.3)
     assert wide == pytest.approx(0.06, rel=0.1) and narrower < narrow < wide
     assert width(mean_below=0.3, corrector_steps=1) < narrower
+    assert narrower < width(mean_below=0.3, noise_below=0.5) < wide
+    assert width(mean_below=0.3, noise_below=1.0) == wide
 
 
 @pytest.mark.parametrize(("guidance_weight", "expected"), [(0.0, 0.2), (1.0, 0.4), (2.0, 0.6)])
@@ -442,6 +444,8 @@ def test_bad_settings_are_named():
         make(SETTINGS, UniMatSpec(3, 5, SPEC.table, "cartesian", "matrix", (0.0,) * 9, (1.0,) * 9))
     with pytest.raises(UserError, match=r"corrector_steps.*= -1"):
         make(SETTINGS, SPEC).check_sampler({"method": "ddim", "corrector_steps": -1})
+    with pytest.raises(UserError, match=r"noise_below.*= 1.5: give a share"):
+        make(SETTINGS, SPEC).check_sampler({"method": "mean", "noise_below": 1.5})
 
 
 # A run

@@ -68,8 +68,9 @@ def parser() -> Parser:
         "--time_power", type=float, help="above 1: the sampler's steps lie closer near the data; below 1: near noise"
     )
     p.add_argument(
-        "--mean_below", type=float, help="slots, method mean: share of the cell below which no noise is added"
+        "--mean_below", type=float, help="slots, method mean: share of the cell below which little noise is added"
     )
+    p.add_argument("--noise_below", type=float, help="slots, method mean: how little, as a share of the full noise")
     p.add_argument("--corrector_steps", type=int, help="slots: Langevin steps after each step, an evaluation each")
     p.add_argument("--log_variance_interpolation", type=float, help="the paper's 0.1, for ancestral sampling")
     p.add_argument("--batch_size", type=int, help="samples at a time; changes speed and memory only")

@@ -63,6 +63,7 @@ class SamplerSettings:
     batch_size: int
     time_power: float = 1.0
     mean_below: float = 0.2
+    noise_below: float = 0.0
     corrector_steps: int = 0
 
     def __post_init__(self):

@@ -94,9 +94,13 @@ class SlotDiffusion:
         """Raises UserError for fields of config.sample that cannot be."""
         if settings["method"] not in self.METHODS:
             raise UserError(f"config.sample.method (--method) = {settings['method']!r}: choose from {self.METHODS}")
-        for name in ("mean_below", "corrector_steps"):
+        for name in ("mean_below", "noise_below", "corrector_steps"):
             if settings.get(name, 0) < 0:
                 raise UserError(f"config.sample.{name} (--{name}) = {settings[name]}: give a number, or 0")
+        if settings.get("noise_below", 0) > 1:
+            raise UserError(
+                f"config.sample.noise_below (--noise_below) = {settings['noise_below']}: give a share, 0 to 1"
+            )
 
     def conditions(self, requests: Sequence[Request], values: np.ndarray, given: np.ndarray) -> dict[str, np.ndarray]:
         """Arrays of a batch of requests and of a condition's standardised properties (`values`, `given` [P]): `slot`
@@ -143,16 +147,19 @@ class SlotDiffusion:
         guidance_weight: float,
         time_power: float,
         mean_below: float = 0.2,
+        noise_below: float = 0.0,
         corrector_steps: int = 0,
     ) -> tuple[jax.Array, jax.Array]:
         """Samples (x_0 [B, L, H, W, 3], lattice_0 [B, D]) in model units. arrays: of `conditions`, and `indices` [B].
 
         All noise of a sample comes from (key, its index), the same for an atom whatever the padding. method:
-        "ancestral", "mean" (ancestral, without noise where it is below `mean_below` of the cell: narrower than the
-        learned distribution), "ddim" (the probability flow) or "heun" (the same, of second order, with two evaluations
-        a step). After each step but the last, `corrector_steps` Langevin steps of the coordinates at its noise (Song et
-        al. 2021, algorithm 4), an evaluation each; without noise where "mean" has none. guidance_weight: the paper's w
-        (its equation 2) on the properties, of which coordinates and lattice know; a second evaluation each time.
+        "ancestral", "mean" (ancestral, with the share `noise_below` of its noise where that is below `mean_below` of
+        the cell: narrower than the learned distribution; with none at all, two atoms of an element that meet stay
+        together, since nothing tells them apart), "ddim" (the probability flow) or "heun" (the same, of second order,
+        with two evaluations a step). After each step but the last, `corrector_steps` Langevin steps of the coordinates
+        at its noise (Song et al. 2021, algorithm 4), an evaluation each; with as little noise as "mean" has there.
+        guidance_weight: the paper's w (its equation 2) on the properties, of which coordinates and lattice know; a
+        second evaluation each time.
         """
         slot = arrays["slot"]
         mask, number = slot < self.spec.num_slots, len(slot)
@@ -197,6 +204,8 @@ class SlotDiffusion:
             ratio = sigmas[i + 1] / sigmas[i]
             logsnr = logsnrs[i], logsnrs[i + 1]
             last = i == num_steps - 1
+            quiet = (method == "mean") & (sigmas[i] < mean_below)
+            share = jnp.where(quiet, noise_below, 1.0)
             pulled, lattice_0 = evaluate(frac, lattice, i)
             if method in ("ancestral", "mean"):
                 next_frac = frac - (1 - ratio**2) * pulled
@@ -213,15 +222,13 @@ class SlotDiffusion:
                 x_noise, lattice_noise = draw(i + 1, jax.random.normal)
                 # Between the posterior's variance and the forward process's, as `sampler.ancestral_step` has it.
                 std = sigmas[i + 1] ** (1 - log_variance_interpolation) * sigmas[i] ** log_variance_interpolation
-                quiet = last | (method == "mean") & (sigmas[i] < mean_below)
-                next_frac = next_frac + jnp.where(quiet, 0.0, std * jnp.sqrt(1 - ratio**2)) * x_noise
+                next_frac = next_frac + jnp.where(last, 0.0, share * std * jnp.sqrt(1 - ratio**2)) * x_noise
                 noisy = ancestral_step(lattice, lattice_0, *logsnr, lattice_noise, log_variance_interpolation)
-                next_lattice = jnp.where(quiet, next_lattice, noisy)
-            quiet = (method == "mean") & (sigmas[i] < mean_below)
+                next_lattice = jnp.where(last | quiet, next_lattice, noisy)
 
             def correct(n, frac):
                 noise = draw(num_steps * (n + 1) + i + 1, jax.random.normal)[0]
-                size = jnp.where(quiet, 0.0, math.sqrt(2 * CORRECTION)) * sigmas[i + 1]
+                size = share * math.sqrt(2 * CORRECTION) * sigmas[i + 1]
                 moved = frac - CORRECTION * evaluate(frac, next_lattice, i + 1)[0] + size * noise
                 return jnp.where(last, frac, moved)
 
