@@ -25,19 +25,22 @@ def get_config():
     config.model.dropout_rate = 0.1
     config.composition.width = 16  # how many atoms, for samples without a formula
     config.diffusion.sigma_min = 0.005
-    config.optimizer.learning_rate = 1e-3
+    config.optimizer.name = "muon"
+    config.optimizer.learning_rate = 2e-3
     config.optimizer.schedule = "cosine"
     config.optimizer.warmup_steps = 200
     config.optimizer.weight_decay = 0.05
     config.optimizer.ema_decay = 0.999
-    config.train.num_steps = 16_000
+    config.train.num_steps = 24_000
     config.train.batch_size = 128
     config.train.checkpoint_every = 500
     config.train.eval_every = 1_000
     config.train.eval_examples = 512
     config.sample.method = "mean"
-    config.sample.num_steps = 50
-    config.sample.corrector_steps = 3  # more of the samples are real crystals, fewer are different ones
+    config.sample.num_steps = 100
+    config.sample.mean_below = 0.06  # the densities of the data; above it more are exact, and too many are diamond
+    config.sample.noise_below = 0.3
+    config.sample.corrector_steps = 3
     config.sample.time_power = 0.5
     config.sample.batch_size = 128
     return config

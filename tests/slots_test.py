@@ -371,6 +371,23 @@ def test_the_spread_of_the_data_is_that_of_the_samples(method, num_steps, correc
         assert stats.kstest(deviation / deviation.std(), "norm").pvalue > 1e-3
 
 
+@pytest.mark.parametrize(("method", "corrector_steps"), [("ancestral", 0), ("ancestral", 3), ("ddim", 3)])
+def test_the_spread_of_the_lattices_is_that_of_the_data(method, corrector_steps):
+    """Of a network that is exact for lattices around 1, by a normal 0.3."""
+
+    def apply(variables, frac, lattice, t, metric, atoms, **options):
+        alpha, sigma = diffusion.alpha_sigma(diffusion.cosine_logsnr(t, -12, 12)[:, None])
+        gain = alpha * 0.3**2 / ((alpha * 0.3) ** 2 + sigma**2)
+        clean = 1.0 + gain * (lattice - alpha)
+        return jnp.zeros_like(frac), (alpha * lattice - clean) / sigma  # v
+
+    requests = [Request("formula", "SrTi", {38: 1, 22: 1})] * 1000
+    objective = SlotDiffusion(apply, SPEC, **SETTINGS)
+    lattice = np.asarray(sampled(objective, requests, method, 150, corrector_steps=corrector_steps)[1])
+    assert lattice.mean() == pytest.approx(1.0, abs=0.02)
+    assert lattice.std() == pytest.approx(0.3, rel=0.06)
+
+
 def test_the_narrow_method_is_as_narrow_as_it_is_told():
     objective = SlotDiffusion(pair_of(0.06), SPEC, **SETTINGS)
     requests = [Request("formula", "SrTi", {38: 1, 22: 1})] * 500

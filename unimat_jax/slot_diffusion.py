@@ -26,7 +26,8 @@ from unimat_jax.requests import Request, count_table
 from unimat_jax.sampler import LATTICE_RANGE, ancestral_step, ddim_step, time_grid
 
 CORRECTION = 0.2
-"""Share of the pull that a corrector step takes, with the noise that keeps the distribution (Langevin)."""
+"""Share of the way to the predicted clean crystal that a corrector step takes, with the noise that keeps the
+distribution (Langevin)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,8 +157,9 @@ class SlotDiffusion:
         "ancestral", "mean" (ancestral, with the share `noise_below` of its noise where that is below `mean_below` of
         the cell: narrower than the learned distribution; with none at all, two atoms of an element that meet stay
         together, since nothing tells them apart), "ddim" (the probability flow) or "heun" (the same, of second order,
-        with two evaluations a step). After each step but the last, `corrector_steps` Langevin steps of the coordinates
-        at its noise (Song et al. 2021, algorithm 4), an evaluation each; with as little noise as "mean" has there.
+        with two evaluations a step). After each step but the last, `corrector_steps` Langevin steps of coordinates
+        and lattice at its noise (Song et al. 2021, algorithm 4), an evaluation each. Of the coordinates with as little
+        noise as "mean" has there; without any (noise_below = 0) the lattice is left to the steps.
         guidance_weight: the paper's w (its equation 2) on the properties, of which coordinates and lattice know; a
         second evaluation each time.
         """
@@ -226,14 +228,19 @@ class SlotDiffusion:
                 noisy = ancestral_step(lattice, lattice_0, *logsnr, lattice_noise, log_variance_interpolation)
                 next_lattice = jnp.where(last | quiet, next_lattice, noisy)
 
-            def correct(n, frac):
-                noise = draw(num_steps * (n + 1) + i + 1, jax.random.normal)[0]
-                size = share * math.sqrt(2 * CORRECTION) * sigmas[i + 1]
-                moved = frac - CORRECTION * evaluate(frac, next_lattice, i + 1)[0] + size * noise
-                return jnp.where(last, frac, moved)
+            alpha, deviation = diffusion.alpha_sigma(logsnr[1])
+            moves_lattice = method != "mean" or noise_below > 0
+
+            def correct(n, carry):
+                frac, lattice = carry
+                x_noise, lattice_noise = draw(num_steps * (n + 1) + i + 1, jax.random.normal)
+                pulled, clean = evaluate(frac, lattice, i + 1)
+                moved = -CORRECTION * pulled + share * math.sqrt(2 * CORRECTION) * sigmas[i + 1] * x_noise
+                turned = CORRECTION * (alpha * clean - lattice) + math.sqrt(2 * CORRECTION) * deviation * lattice_noise
+                return jnp.where(last, frac, frac + moved), jnp.where(last, lattice, lattice + moves_lattice * turned)
 
             if corrector_steps:  # in a loop: the network is compiled once more, however many there are
-                next_frac = jax.lax.fori_loop(0, corrector_steps, correct, next_frac)
+                next_frac, next_lattice = jax.lax.fori_loop(0, corrector_steps, correct, (next_frac, next_lattice))
             return (torus.wrap(next_frac), jnp.where(last, lattice_0, next_lattice)), None
 
         start = draw(0, jax.random.uniform)
