@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     directory = data.dataset_directory(config.data.dataset, arguments.data_dir)
     keys = ("coordinates", "lattice_form", "table")
     spec = data.make_spec(data.read_statistics(directory), **{k: config.data[k] for k in keys})
-    switches = ("shuffle_atoms", "random_shift", "origin_shift", "random_axes")
+    switches = ("shuffle_atoms", "random_shift", "origin_shift", "random_axes", "half_turned")
     maker = data.BatchMaker(
         data.RecordSource(directory, "train"), spec, batch_size=config.train.batch_size, seed=0,
         augmentation={name: config.data[name] for name in switches},

@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 import pytest
 from crystal_cases import (
@@ -16,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from shared_data import load
 
-from unimat_jax.augmentation import augment, permute_axes, random_rotations, shift, shuffle_slots
+from unimat_jax.augmentation import augment, half_turns, permute_axes, random_rotations, shift, shuffle_slots
 from unimat_jax.crystal import Crystal
 from unimat_jax.periodic_table import COLUMN, ROW
 from unimat_jax.representation import batch_records, crystal_of_record, encode
@@ -52,11 +54,13 @@ def changed(batch, name: str, seed: int) -> dict[str, np.ndarray]:
         return shift(batch, rng.random((number, 3)))
     if name.startswith("permutation"):
         return permute_axes(batch, np.full(number, int(name[-1])))
+    if name == "half_turns":
+        return half_turns(batch)
     return augment(batch, rng, **EVERYTHING)
 
 
 PERMUTATIONS = [f"permutation {i}" for i in range(6)]
-CHANGES = ["shuffle_slots", "shift", *PERMUTATIONS, "augment"]
+CHANGES = ["shuffle_slots", "shift", *PERMUTATIONS, "half_turns", "augment"]
 
 
 @pytest.mark.parametrize("name", CHANGES)
@@ -109,6 +113,49 @@ def test_the_six_permutations_are_all_different_and_the_first_does_nothing():
     assert {tuple(sorted(x)) for x in lengths} == {tuple(sorted(lengths[0]))}
     (first,) = crystals_of(permute_axes(batch, np.array([0])))
     assert difference(crystal, first) < 1e-5
+
+
+def in_a_cell(angles: tuple[float, float, float], seed: int = 3) -> dict[str, np.ndarray]:
+    batch = batch_of(random_crystal(np.random.default_rng(seed), 8))
+    return {**batch, "lattice": np.array([[4.0, 5.0, 6.0, *angles]], np.float32)}
+
+
+@pytest.mark.parametrize(
+    "angles, allowed",
+    [
+        ((90, 90, 90), [(1, 1, 1), (1, -1, -1), (-1, 1, -1), (-1, -1, 1)]),
+        ((100, 90, 90), [(1, 1, 1), (1, -1, -1)]),
+        ((90, 100, 90), [(1, 1, 1), (-1, 1, -1)]),
+        ((90, 90, 100), [(1, 1, 1), (-1, -1, 1)]),
+        ((100, 90, 80), [(1, 1, 1)]),
+    ],
+)
+def test_all_images_by_half_turns_that_keep_the_cell_become_one(angles, allowed):
+    batch = in_a_cell(angles)
+    chosen = half_turns(batch)["frac_coords"]
+    for signs in itertools.product((1, -1), repeat=3):
+        image = {**batch, "frac_coords": np.mod(np.array(signs, np.float32) * batch["frac_coords"], 1.0)}
+        away = half_turns(image)["frac_coords"] - chosen
+        together = bool(np.abs(away - np.round(away)).max() < 1e-5)
+        assert together == (signs in allowed), signs
+
+
+def test_after_half_turns_two_displaced_perovskites_point_one_way_wherever_the_origin_is():
+    up = perovskite()
+    moved = np.array(up.frac_coords)
+    moved[np.asarray(up.atomic_numbers) == 22] += [0, 0, 0.04]
+    down = np.array(up.frac_coords)
+    down[np.asarray(up.atomic_numbers) == 22] -= [0, 0, 0.04]
+    found = []
+    for frac, origin in itertools.product((moved, down), (0.0, 0.3)):
+        batch = batch_of(Crystal(up.atomic_numbers, np.mod(frac + origin, 1.0), up.lattice))
+        turned = half_turns(batch)
+        elements = turned["slots"][0, :5, 2]
+        frac = turned["frac_coords"][0, :5]
+        ti, sr = (frac[elements == COLUMN[z]][0] for z in (22, 38))
+        found.append(float((ti - sr)[2] % 1.0))
+    np.testing.assert_allclose(found, found[0], atol=1e-5)
+    assert abs(found[0] - 0.5) > 0.03
 
 
 def test_each_crystal_of_a_batch_gets_its_own_permutation():

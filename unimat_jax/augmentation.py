@@ -14,6 +14,10 @@ from unimat_jax.representation import wrap
 
 _AXIS_ORDERS = np.array([[0, 1, 2], [1, 2, 0], [2, 0, 1], [0, 2, 1], [2, 1, 0], [1, 0, 2]])
 _IS_ODD = np.array([False, False, False, True, True, True])
+_HALF_TURNS = np.array([[1, 1, 1], [1, -1, -1], [-1, 1, -1], [-1, -1, 1]])
+"""None, and about each axis: the signs of the fractional coordinates."""
+_RIGHT_ANGLE = 0.1
+"""Degrees by which an angle may differ from 90 for a half-turn to leave the cell as it is."""
 
 
 def shuffle_slots(batch: Mapping[str, np.ndarray], keys: np.ndarray) -> dict[str, np.ndarray]:
@@ -49,6 +53,27 @@ def permute_axes(batch: Mapping[str, np.ndarray], choice: np.ndarray) -> dict[st
     return {**batch, "frac_coords": wrap(frac), "lattice": np.concatenate([lengths, angles], -1)}
 
 
+def half_turns(batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Turns each crystal to one of its images by half-turns about cell axes that leave the cell as it is: to the one
+    with the greatest polarity, summed over axes. So what is polar points one way in all crystals of a data set.
+
+    Without it a crystal that is displaced lies in one of two places by chance, and one that is not in a single place:
+    a sampler that looks for the likeliest structure then finds the second too often. The polarity along an axis is
+    the sum over pairs of (group_i - group_j) sin 2 pi (x_j - x_i): periodic, and the same wherever the origin is.
+    """
+    real = (batch["slots"][..., :1] >= 0).astype(np.float64)
+    group = batch["slots"][..., 2:] * real
+    turn = 2 * np.pi * batch["frac_coords"].astype(np.float64)
+    sin, cos = np.sin(turn) * real, np.cos(turn) * real
+    # sin(x_j - x_i) apart: the sum over pairs becomes products of sums over atoms.
+    polarity = (group * cos).sum(1) * sin.sum(1) - (group * sin).sum(1) * cos.sum(1)
+    is_right = np.abs(batch["lattice"][:, 3:] - 90.0) < _RIGHT_ANGLE
+    allowed = np.stack([np.ones(len(polarity), bool)] + [np.delete(is_right, axis, 1).all(1) for axis in range(3)], 1)
+    score = np.where(allowed, polarity @ _HALF_TURNS.T, -np.inf)
+    signs = _HALF_TURNS[score.argmax(1)].astype(np.float32)
+    return {**batch, "frac_coords": wrap(signs[:, None, :] * batch["frac_coords"])}
+
+
 def random_rotations(rng: np.random.Generator, number: int) -> np.ndarray:
     """Uniform proper rotations [number, 3, 3] (determinant +1), from normalised random quaternions."""
     w, x, y, z = np.moveaxis((q := rng.normal(size=(number, 4))) / np.linalg.norm(q, axis=-1, keepdims=True), -1, 0)
@@ -68,17 +93,19 @@ def augment(
     random_shift: bool,
     origin_shift: float = 0.0,
     random_axes: bool,
+    half_turned: bool = False,
     draw_for: int | None = None,
     part: slice = slice(None),
 ) -> dict[str, np.ndarray]:
-    """Applies the chosen augmentations. `origin_shift` moves every origin by the same fraction of each axis.
+    """Applies the chosen augmentations. `origin_shift` moves every origin by the same fraction of each axis;
+    `half_turned`: see `half_turns`.
 
     Each augmentation draws from its own stream and for a global batch of `draw_for`, of which this batch is `part`: the
     draws depend neither on which others are used nor on the number of processes.
     """
     axes_rng, shift_rng, slot_rng = rng.spawn(3)
     number = draw_for or len(batch["num_atoms"])
-    result = dict(batch)
+    result = half_turns(batch) if half_turned else dict(batch)
     if random_axes:
         result = permute_axes(result, axes_rng.integers(0, 6, number)[part])
     if random_shift or origin_shift:

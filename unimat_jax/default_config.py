@@ -26,6 +26,7 @@ def get_config(model: str = "unet3d") -> Any:  # a ConfigDict; its fields are un
     config.data.random_shift = True  # augmentation: origin, uniform in the cell
     config.data.origin_shift = 0.0  # fraction of each axis added to all coordinates: keeps sites off the wrap-around
     config.data.random_axes = False  # augmentation: order of the axes; breaks a <= b <= c of a Niggli cell
+    config.data.half_turned = False  # each crystal turned so that its polarity points one way, where its cell allows it
     config.data.max_train_examples = 0  # train on so many crystals of the training split (learning curves); 0: all
     config.data.size_window = 0  # K: each K batches share out their crystals by size, with less padding; slots only
     config.data.num_threads = 2  # that read and augment

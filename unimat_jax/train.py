@@ -128,7 +128,7 @@ class _Training:
         )
         self.schema = data.condition_schema(self.statistics, config.data.properties)
         self.source = data.RecordSource(directory, "train", config.data.max_train_examples)
-        switches = ("shuffle_atoms", "random_shift", "origin_shift", "random_axes")
+        switches = ("shuffle_atoms", "random_shift", "origin_shift", "random_axes", "half_turned")
         augmentation = {name: config.data[name] for name in switches}
         self.batches = data.BatchMaker(
             self.source, self.spec, self.schema, batch_size=config.train.batch_size, seed=config.train.seed,
