@@ -109,7 +109,10 @@ class OfConfig:
         chosen = self.config.data
         directory = data.dataset_directory(chosen.dataset, chosen.data_dir)
         spec = data.make_spec(data.read_statistics(directory), table=chosen.table)
-        augmentation = {name: chosen[name] for name in ("shuffle_atoms", "random_shift", "origin_shift", "random_axes", "half_turned")}
+        augmentation = {
+            name: chosen[name]
+            for name in ("shuffle_atoms", "random_shift", "origin_shift", "random_axes", "half_turned")
+        }
         batches = data.BatchMaker(
             data.RecordSource(directory, "train"),
             spec,

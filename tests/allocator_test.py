@@ -16,7 +16,7 @@ import jax, jax.numpy as jnp
 
 @jax.jit
 def run(x):  # 64 MiB of temporaries
-    return jax.lax.fori_loop(0, 2, lambda i, y: y[::-1].T, x[:, None] * x[None, :]).sum(0)
+    return jax.lax.fori_loop(0, 2, lambda i, y: 0.5 * y, x[:, None] * x[None, :]).sum(0)
 
 x = jnp.ones(4096)
 for i in range(12):
