@@ -3,8 +3,8 @@
 unimat prepare --dataset=mp_20 --source=DIR_WITH_CDVAE_CSV_FILES --data_dir=data
 unimat train --config=mp_20_slots --workdir=runs/mp_20_slots
 
-Cost and result of 7,000 steps (--config.train.num_steps=7000, on a part of the training split): 114 minutes on one of two
-cores, match rate 23.9 %, RMSE 0.135 (benchmarks/README.md, "MP-20 by slots"). The 12,000 were not run.
+Cost and result of 7,000 steps (--config.train.num_steps=7000, on a part of the training split): 114 minutes on one of
+two cores, match rate 23.9 %, RMSE 0.135 (benchmarks/README.md, "MP-20 by slots"). The 12,000 were not run.
 """
 
 from unimat_jax import default_config
