@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.fingerprints import commit, machine
-from unimat_jax.allocator import keep_freed_memory
+from unimat_jax.allocator import CHOSEN_BY, keep_freed_memory
 from unimat_jax.cli import Parser, run_program
 
 SAMPLING = "sampling"
@@ -72,8 +72,7 @@ def main(argv: Sequence[str]) -> int:
     if a.measure:
         print(json.dumps(measure(a.measure, a.data_dir, a.steps, a.kept)))
         return 0
-    chosen = ("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(chosen)}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(CHOSEN_BY)}
 
     def child(what: str, kept: bool) -> dict[str, Any]:
         words = [f"--measure={what}", f"--data_dir={a.data_dir}", f"--steps={a.steps}", *(["--kept"] if kept else [])]

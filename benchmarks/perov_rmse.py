@@ -16,7 +16,7 @@ import itertools
 import json
 import sys
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +32,18 @@ IDEAL = np.array([[0, 0, 0], [0.5, 0.5, 0.5], [0.5, 0.5, 0], [0.5, 0, 0.5], [0, 
 ORDERS = np.array(list(itertools.permutations(range(5))))
 DISPLACED = 0.02
 """Share of the cell from which on a crystal counts as displaced: the ideal ones of Perov-5 have less than 0.001."""
+FAR = 0.15
+"""From here on other ideal places than those it came from may be the nearest."""
 
 
 def laid_on_ideal(crystal: Crystal) -> tuple[tuple[int, int], bool]:
     """((element at A, at B), displaced or not) of a crystal of five atoms."""
+    sites, size = sites_and_displacement(crystal)
+    return sites, size > DISPLACED
+
+
+def sites_and_displacement(crystal: Crystal) -> tuple[tuple[int, int], float]:
+    """((element at A, at B), root mean square distance from the ideal places in shares of the cell)."""
     away = np.asarray(crystal.frac_coords)[ORDERS] - IDEAL
     away = away - away[:, :1]
     away -= np.round(away)
@@ -45,11 +53,23 @@ def laid_on_ideal(crystal: Crystal) -> tuple[tuple[int, int], bool]:
     sizes = np.sqrt(np.square(away).sum(2).mean(1))
     best = int(sizes.argmin())
     a, b = np.asarray(crystal.atomic_numbers)[ORDERS[best][:2]].tolist()
-    return (a, b), bool(sizes[best] > DISPLACED)
+    return (a, b), float(sizes[best])
 
 
-def decomposition(pairs: Sequence[tuple[Crystal | None, Crystal]]) -> dict[str, Any]:
-    """Match rate and RMSE of (prediction, reference), and what each kind of pair gives to them."""
+def known_arrangements(known: Sequence[Crystal]) -> dict[Any, set[tuple[int, int]]]:
+    """Reduced composition -> the arrangements in which it occurs."""
+    found: dict[Any, set[tuple[int, int]]] = defaultdict(set)
+    for crystal in known:
+        found[reduced_composition(crystal)].add(laid_on_ideal(crystal)[0])
+    return found
+
+
+def decomposition(
+    pairs: Sequence[tuple[Crystal | None, Crystal]], arrangements: Mapping[Any, set[tuple[int, int]]] | None = None
+) -> dict[str, Any]:
+    """Match rate and RMSE of (prediction, reference), and what each kind of pair gives to them. arrangements: of
+    `known_arrangements`, to tell other arrangements apart: the composition's other crystal, possibly one that is not
+    known (only one is), or one of no crystal; "far" where the prediction or the reference is further than FAR."""
     distances = match_pairs(pairs).rms_dist
     rms = np.array([np.nan if d is None else d for d in distances], float)
     matched = ~np.isnan(rms)
@@ -58,10 +78,18 @@ def decomposition(pairs: Sequence[tuple[Crystal | None, Crystal]]) -> dict[str, 
         if prediction is None:
             kinds.append("failure")
             continue
-        (sites, displaced), (its_sites, its_displaced) = laid_on_ideal(prediction), laid_on_ideal(reference)
+        (sites, size), (its_sites, its_size) = sites_and_displacement(prediction), sites_and_displacement(reference)
         word = {True: "displaced", False: "ideal"}
-        same = sites == its_sites
-        kinds.append(f"{word[displaced]} for {word[its_displaced]}" if same else "other arrangement")
+        if sites == its_sites:
+            kinds.append(f"{word[size > DISPLACED]} for {word[its_size > DISPLACED]}")
+            continue
+        kind = "other arrangement"
+        if arrangements is not None:
+            real = arrangements[reduced_composition(reference)]
+            kind += ", real" if sites in real else ", perhaps real" if len(real) < 2 else ", of no crystal"
+            if sites not in real and len(real) > 1:
+                kind += ", far" if max(size, its_size) > FAR else ", near"
+        kinds.append(kind)
     rows = {}
     for kind in sorted(set(kinds)):
         chosen = np.array([k == kind for k in kinds])
@@ -96,14 +124,16 @@ def main(argv: Sequence[str]) -> int:
     parser = Parser(prog="python -m benchmarks.perov_rmse", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--generated", type=Path, required=True, help="output directory of unimat generate")
     parser.add_argument("--reference", type=Path, required=True, help="perov_5/val.npz, whose compositions they have")
-    parser.add_argument("--known", type=Path, help="perov_5/train.npz: for the perfect sampler")
+    parser.add_argument("--known", type=Path, help="perov_5/train.npz: the perfect sampler, kinds of arrangements")
     parser.add_argument("--output", type=Path, required=True, help="a JSON file")
     arguments = parser.parse(argv)
     reference = read_reference(arguments.reference)
     pairs = [(s.crystal, s.reference) for s in read_generated(arguments.generated, reference)]
-    report: dict[str, Any] = {"generated": decomposition(pairs)}
-    if arguments.known:
+    if arguments.known is None:
+        report: dict[str, Any] = {"generated": decomposition(pairs)}
+    else:
         known = [*reference.values(), *read_reference(arguments.known).values()]
+        report = {"generated": decomposition(pairs, known_arrangements(known))}
         report["perfect sampler"] = perfect_sampler(list(reference.values()), known)
     report |= {"commit": commit(), "machine": machine()}
     arguments.output.write_text(json.dumps(report, indent=1) + "\n")

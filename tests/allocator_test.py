@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from unimat_jax.allocator import keep_freed_memory
+from unimat_jax.allocator import CHOSEN_BY, keep_freed_memory
 
 PROGRAM = """
 import resource, sys
@@ -30,8 +30,7 @@ glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is
 
 
 def page_faults(how: str) -> int:
-    chosen = ("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD")
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(chosen)} | {"JAX_PLATFORMS": "cpu"}
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(CHOSEN_BY)} | {"JAX_PLATFORMS": "cpu"}
     run = subprocess.run(
         [sys.executable, "-c", PROGRAM, how], env=environment, capture_output=True, text=True, timeout=300
     )

@@ -114,7 +114,7 @@ def perovskite(numbers, displaced: float, uid: str) -> Crystal:
 
 
 def test_the_rmse_is_shared_out_by_arrangement_and_displacement(program):
-    from benchmarks.perov_rmse import decomposition, laid_on_ideal, perfect_sampler
+    from benchmarks.perov_rmse import decomposition, known_arrangements, laid_on_ideal, perfect_sampler
 
     ideal, displaced = perovskite([56, 22, 8, 8, 8], 0.0, "a"), perovskite([56, 22, 8, 8, 8], 0.15, "b")
     swapped = perovskite([22, 56, 8, 8, 8], 0.0, "c")
@@ -134,6 +134,13 @@ def test_the_rmse_is_shared_out_by_arrangement_and_displacement(program):
     # One atom of five is 0.6 A away; without the shift of all that leaves sqrt(4) / 5 of it as the root mean square.
     wide = (64 / 5) ** (1 / 3)
     assert rows["ideal for displaced"]["mean_rms"] == pytest.approx(0.6 * 2 / 5 / wide, rel=0.01)
+    far = perovskite([8, 22, 56, 8, 8], 0.45, "e")  # O at A, Ba at X: no crystal that is known
+    wrong = [(swapped, ideal), (far, ideal), (perovskite([8, 22, 56, 8, 8], 0.0, "f"), ideal)]
+    told = decomposition([*wrong, (ideal, ideal)], known_arrangements([ideal, swapped]))["kinds"]
+    others = {f"other arrangement, {kind}" for kind in ("real", "of no crystal, far", "of no crystal, near")}
+    assert set(told) == others | {"ideal for ideal"}
+    alone = decomposition([*wrong[:1], (ideal, ideal)], known_arrangements([ideal]))
+    assert set(alone["kinds"]) == {"other arrangement, perhaps real", "ideal for ideal"}
     assert perfect_sampler([ideal], [ideal, swapped]) | {"rmse": None} == {
         "references": 1, "other_matches": 0.0, "match_rate": 0.5, "rmse": None
     }  # fmt: skip

@@ -1,4 +1,5 @@
-"""Random changes of a batch that leave each crystal the same up to a proper rotation (DESIGN.md, "augmentation").
+"""Changes of a batch that leave each crystal the same up to a proper rotation (DESIGN.md, "augmentation"), random ones
+and the choice of one image among many (`half_turns`).
 
 The paper (section 2.1) gets its invariances by augmentation only. With lengths and angles a rigid rotation changes
 nothing; what is left is the order of the atoms, the origin and the order of the axes.
