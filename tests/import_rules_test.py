@@ -33,7 +33,6 @@ ORDER = [
     "unimat_jax.released",
     "data_prep",
     "unimat_jax.rendezvous",
-    "unimat_jax.allocator",
     "unimat_jax.distributed",
     "unimat_jax.densify",
     "unimat_jax.requests",

@@ -20,7 +20,6 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 
-from unimat_jax.allocator import keep_freed_memory
 from unimat_jax.cli import run_program
 from unimat_jax.errors import UserError
 from unimat_jax.rendezvous import Event, Peers, ProcessesMissing, meet
@@ -55,7 +54,6 @@ class Job:
 def launch(module: str, argv: Sequence[str], program: Callable[[Sequence[str]], int]) -> int:
     """Runs program(argv) here, or as one process of a job; its exit code. argv may hold FLAGS, the program does not
     see them. module: what `python -m` starts as the child."""
-    keep_freed_memory()  # before JAX has threads
     given, rest = _take_flags(argv)
     if _CHILD in os.environ:
         return _be_child(program, rest)

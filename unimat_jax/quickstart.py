@@ -11,7 +11,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from unimat_jax.allocator import keep_freed_memory
 from unimat_jax.cli import Parser, run_program
 
 CONFIG = "quickstart"
@@ -27,7 +26,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--num_steps", type=int, help="of training; default: the config's")
     p.add_argument("--sampling_steps", type=int, help="default: the config's")
     arguments = p.parse(sys.argv[1:] if argv is None else argv)
-    keep_freed_memory()
 
     from data_prep.prepare import prepare
     from unimat_jax.main import config_path, load_config
