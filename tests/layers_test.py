@@ -111,6 +111,32 @@ def test_bfloat16_inside_float32_for_parameters(make):
     assert np.asarray(gradients["bias"]) == pytest.approx(np.full(6, 360.0))
 
 
+def test_a_vector_for_each_site_has_the_gradient_of_a_broadcast():
+    x, weight = jax.random.normal(KEYS[0], (4, 8)), jax.random.normal(KEYS[1], (4, 7, 8))
+
+    def loss(spread):
+        return jax.value_and_grad(lambda x: (weight * jnp.square(spread(x))).sum())
+
+    plain = loss(lambda x: jnp.broadcast_to(x[:, None], weight.shape))(x)
+    assert_close(loss(lambda x: layers.each_site(x, 7))(x), plain)
+
+
+@pytest.mark.parametrize("shape", [(250, 400), (7, 11, 13, 101)])
+def test_dropout_keeps_the_mean_and_drops_at_its_rate(shape):
+    x = jnp.ones(shape)
+    y = np.asarray(layers.dropout(x, 0.1, KEYS[0]))
+    assert set(np.unique(y)) == {0.0, np.float32(256 / 230)}  # 26 of 256 are dropped
+    spread = np.sqrt(0.1 * 0.9 / y.size)
+    assert np.mean(y == 0) == pytest.approx(26 / 256, abs=4 * spread)
+    assert y.mean() == pytest.approx(1.0, abs=5 * spread)
+    # No two entries share their bits: neighbours along each axis are dropped independently.
+    for axis in range(y.ndim):
+        both = (y == 0) & np.roll(y == 0, 1, axis)
+        assert both.mean() == pytest.approx((26 / 256) ** 2, abs=5 * np.sqrt(0.01 / y.size))
+    assert np.any(y != np.asarray(layers.dropout(x, 0.1, KEYS[1])))
+    assert np.array_equal(layers.dropout(x, 0.0, KEYS[0]), x)
+
+
 def test_what_a_convolution_reads_is_kept_in_memory_on_cpu_and_changes_nothing():
     """The option's pass has a new name if this fails: look it up, or the train step loses a fifth of its speed."""
     conv = layers.Conv(4, "axial")

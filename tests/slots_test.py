@@ -17,7 +17,7 @@ from unimat_jax.assembly import create_objective, init_arguments, sampler_progra
 from unimat_jax.errors import UserError
 from unimat_jax.flops import count_flops
 from unimat_jax.generator import Generator
-from unimat_jax.models.slots import nearest, shortest_distances
+from unimat_jax.models.slots import mean_pairs, nearest, pair_features, shortest_distances
 from unimat_jax.periodic_table import Table
 from unimat_jax.representation import UniMatSpec, decode, lattice_matrix
 from unimat_jax.requests import Request
@@ -74,6 +74,27 @@ def test_distances_are_the_shortest_of_all_images_in_reduced_cells():
         metric = matrix.matrix @ matrix.matrix.T
         found = shortest_distances((difference - np.round(difference))[None].astype(np.float32), metric[None])
         np.testing.assert_allclose(found[0], matrix.get_all_distances(frac, frac), atol=2e-3)
+
+
+def test_waves_are_the_sines_and_cosines_of_the_differences():
+    frac = jax.random.uniform(jax.random.key(0), (2, 5, 3))
+    found = pair_features(frac, frac[:, None], None, False)
+    angle = 2 * np.pi * np.asarray(frac[:, :, None] - frac[:, None], np.float64)
+    plain = np.concatenate([f(k * angle) for k in (1, 2, 3) for f in (np.sin, np.cos)], -1)
+    np.testing.assert_allclose(found, plain, atol=3e-6)
+
+
+def test_the_mean_of_pairs_and_its_gradient():
+    keys = jax.random.split(jax.random.key(0), 3)
+    shapes = (2, 5, 3, 6), (2, 5, 6, 7), (2, 5, 3, 7)  # A = 5 atoms with N = 6 others, 3 heads, 7 features
+    weights, pair, g = (jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True))
+
+    def loss(mean):
+        return jax.value_and_grad(lambda *arrays: (g * mean(*arrays)).sum(), argnums=(0, 1))(weights, pair)
+
+    plain = loss(lambda weights, pair: (weights[..., None] * pair[:, :, None]).sum(3))
+    for a, b in zip(jax.tree.leaves(loss(mean_pairs)), jax.tree.leaves(plain), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
 def test_the_nearest_atoms_in_a_reduced_cell_are_found_and_no_padded_one():

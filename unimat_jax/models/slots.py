@@ -99,7 +99,7 @@ def time_features(time: jax.Array) -> jax.Array:
 
 
 def _norm(x: jax.Array, scale: jax.Array, shift: jax.Array) -> jax.Array:
-    """Layer normalisation of [B, A, C] in float32, then (1 + scale) y + shift, both [B, 1, C]."""
+    """Layer normalisation of [B, A, C] in float32, then (1 + scale) y + shift, both [B, 1 or A, C]."""
     wide = x.astype(jnp.float32)
     centred = wide - wide.mean(-1, keepdims=True)
     y = centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + 1e-5)
