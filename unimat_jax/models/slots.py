@@ -133,7 +133,8 @@ class SlotBlock(nn.Module):
         b, a, width = tokens.shape
         heads, dtype = self.heads, tokens.dtype
         film = Dense(6 * width, kernel_init=zeros_init, name="film")(condition)
-        scale_in, shift_in, gate_in, scale_mlp, shift_mlp, gate_mlp = (each_site(x, a) for x in jnp.split(film, 6, -1))
+        film = [jnp.asarray(each_site(x, a)) for x in jnp.split(film, 6, -1)]
+        scale_in, shift_in, gate_in, scale_mlp, shift_mlp, gate_mlp = film
         h = in_memory(_norm(tokens, scale_in, shift_in))
         q, key, v = (x.reshape(b, a, heads, -1) for x in jnp.split(Dense(3 * width, name="qkv")(h), 3, -1))
         each = "bjhd"
