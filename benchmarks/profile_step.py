@@ -3,7 +3,8 @@
 python -m benchmarks.profile_step --output=benchmarks/profile_step.json
 python -m benchmarks.profile_step --config=perov_5_slots --data_dir=data --output=benchmarks/perov_slots/profile.json
 
-With --config, that of any config, on the first batch of its data set (without a model of compositions).
+With --config, that of any config, on a batch of its data set: of the first `data.size_window` ones, which differ in how
+many atoms they are padded to, the one in the middle (without a model of compositions).
 
 Thread time of XLA's own trace over a few steps, each operation put into one kind by its name. Floors, in seconds a
 step: products at the speed of the best matrix product measured in this run; the same plus the least traffic of
@@ -81,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     total = sum(kinds.values())
     result = {
         "commit": commit(), "machine": machine(), "threads": threads, "seed": arguments.seed,
-        "versions": about["versions"], "num_params": about["num_params"],
+        "versions": about["versions"], "num_params": about["num_params"], "padded_atoms": about.get("padded_atoms"),
         "step_s": seconds, "thread_time_s": total / arguments.steps, "operations_a_step": number // arguments.steps,
         "share_of_thread_time": {name: round(value / total, 3) for name, value in kinds.most_common()},
         "flops": flops, "matmul_peak": peak, "memory_bytes_per_second": bandwidth,
@@ -122,9 +123,11 @@ class OfConfig:
             size_window=chosen.size_window,
         )
         programs = assemble(self.config, spec, [], sharding.make_mesh())
-        self.batch, self.key = jax.tree.map(jnp.asarray, batches(0)), jax.random.key(seed)
+        drawn = sorted((batches(i) for i in range(max(1, chosen.size_window))), key=lambda b: b["slot"].shape[1])
+        self.batch, self.key = jax.tree.map(jnp.asarray, drawn[len(drawn) // 2]), jax.random.key(seed)
         self.state, self.train_step, self.shapes = programs.init(), programs.train_step, programs.shapes
-        return {"num_params": programs.num_params, "versions": versions()}
+        padded = self.batch["slot"].shape[1]
+        return {"num_params": programs.num_params, "versions": versions(), "padded_atoms": padded}
 
     def train(self) -> float:
         """Seconds of one step, of which the loss is read."""
