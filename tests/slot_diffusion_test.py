@@ -16,6 +16,7 @@ from unimat_jax.models.slots import shortest_distances
 from unimat_jax.representation import UniMatSpec, decode, lattice_matrix
 from unimat_jax.requests import Request
 from unimat_jax.slot_diffusion import SlotDiffusion, cell_metric
+from unimat_jax.slot_sampler import METHODS
 
 
 @pytest.mark.parametrize("form", ["parameters", "log_metric"])
@@ -80,7 +81,7 @@ def sampled(objective, requests, method="ancestral", num_steps=40, start=0, **ch
 STO = Request("formula", "SrTiO3", {38: 1, 22: 1, 8: 3})
 
 
-@pytest.mark.parametrize("method", SlotDiffusion.METHODS)
+@pytest.mark.parametrize("method", METHODS)
 def test_every_method_ends_at_the_data(method):
     frac = places((1, 1, 3))
     lattice = np.linspace(-1, 1, 6).astype(np.float32)
@@ -115,7 +116,7 @@ def pair_of(spread):
 
 
 @pytest.mark.parametrize(
-    ("method", "num_steps", "corrector_steps"), [(m, 150, 0) for m in SlotDiffusion.METHODS] + [("ancestral", 40, 3)]
+    ("method", "num_steps", "corrector_steps"), [(m, 150, 0) for m in METHODS] + [("ancestral", 40, 3)]
 )
 def test_the_spread_of_the_data_is_that_of_the_samples(method, num_steps, corrector_steps):
     spread, objective = 0.06, SlotDiffusion(pair_of(0.06), SPEC, **SETTINGS)

@@ -9,7 +9,6 @@ no atom was asked for.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -23,11 +22,8 @@ from unimat_jax.densify import densify
 from unimat_jax.errors import UserError
 from unimat_jax.representation import UniMatSpec, padded_atoms
 from unimat_jax.requests import Request, count_table
-from unimat_jax.sampler import LATTICE_RANGE, ancestral_step, ddim_step, time_grid
-
-CORRECTION = 0.2
-"""Share of the way to the predicted clean crystal that a corrector step takes, with the noise that keeps the
-distribution (Langevin)."""
+from unimat_jax.sampler import LATTICE_RANGE, time_grid
+from unimat_jax.slot_sampler import METHODS, Noise, ReverseProcess
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +41,6 @@ class SlotDiffusion:
     property_drop_rate: float = 0.2
 
     padded: ClassVar[bool] = True
-    METHODS = ("ancestral", "mean", "ddim", "heun")
 
     def __post_init__(self):
         if self.spec.coordinates != "fractional":
@@ -93,8 +88,8 @@ class SlotDiffusion:
 
     def check_sampler(self, settings: Mapping[str, Any]) -> None:
         """Raises UserError for fields of config.sample that cannot be."""
-        if settings["method"] not in self.METHODS:
-            raise UserError(f"config.sample.method (--method) = {settings['method']!r}: choose from {self.METHODS}")
+        if settings["method"] not in METHODS:
+            raise UserError(f"config.sample.method (--method) = {settings['method']!r}: choose from {METHODS}")
         for name in ("mean_below", "noise_below", "corrector_steps"):
             if settings.get(name, 0) < 0:
                 raise UserError(f"config.sample.{name} (--{name}) = {settings[name]}: give a number, or 0")
@@ -153,39 +148,19 @@ class SlotDiffusion:
     ) -> tuple[jax.Array, jax.Array]:
         """Samples (x_0 [B, L, H, W, 3], lattice_0 [B, D]) in model units. arrays: of `conditions`, and `indices` [B].
 
-        All noise of a sample comes from (key, its index), the same for an atom whatever the padding. method:
-        "ancestral", "mean" (ancestral, with the share `noise_below` of its noise where that is below `mean_below` of
-        the cell: narrower than the learned distribution; with none at all, two atoms of an element that meet stay
-        together, since nothing tells them apart), "ddim" (the probability flow) or "heun" (the same, of second order,
-        with two evaluations a step). After each step but the last, `corrector_steps` Langevin steps of coordinates
-        and lattice at its noise (Song et al. 2021, algorithm 4), an evaluation each. Of the coordinates with as little
-        noise as "mean" has there; without any (noise_below = 0) the lattice is left to the steps.
-        guidance_weight: the paper's w (its equation 2) on the properties, of which coordinates and lattice know; a
-        second evaluation each time.
+        All noise of a sample comes from (key, its index), the same for an atom whatever the padding. Of the methods,
+        mean_below, noise_below and corrector_steps: `slot_sampler.ReverseProcess`. guidance_weight: the paper's w (its
+        equation 2) on the properties, of which coordinates and lattice know; a second evaluation each time.
         """
-        slot = arrays["slot"]
-        mask, number = slot < self.spec.num_slots, len(slot)
+        slot, seen = arrays["slot"], arrays["properties"]
         times = time_grid(num_steps, time_power)
-        # The last step leaves the smallest noise for none.
-        sigmas, logsnrs = self._sigma(times).at[-1].set(0.0), self._logsnr(times)
-        keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(arrays["indices"])
-
-        def draw(stream: int, of: Callable[..., jax.Array]) -> tuple[jax.Array, jax.Array]:
-            def one(sample_key):
-                x_key, lattice_key = jax.random.split(jax.random.fold_in(sample_key, stream))
-                by_atom = jax.vmap(lambda i: of(jax.random.fold_in(x_key, i), (3,)))(jnp.arange(slot.shape[1]))
-                return by_atom, jax.random.normal(lattice_key, (self.spec.lattice_size,))
-
-            return jax.vmap(one)(keys)
-
-        seen = arrays["properties"]
         if guidance_weight and not seen.shape[1]:
             raise UserError(
                 f"config.sample.guidance_weight (--guidance_weight) = {guidance_weight}: the model was trained without "
                 "properties to guide: give 0"
             )
 
-        def predict(frac, lattice, time):
+        def predict(frac: jax.Array, lattice: jax.Array, time: jax.Array) -> tuple[jax.Array, jax.Array]:
             if not seen.shape[1]:
                 return self._predict(params, frac, lattice, time, slot)
             told = self._predict(params, frac, lattice, time, slot, properties=seen)
@@ -194,57 +169,25 @@ class SlotDiffusion:
             untold = self._predict(params, frac, lattice, time, slot, properties=jnp.zeros_like(seen))
             return jax.tree.map(lambda a, b: (1 + guidance_weight) * a - guidance_weight * b, told, untold)
 
-        def evaluate(frac, lattice, i):
-            """(pull, clean lattice) as predicted."""
-            time = jnp.full(number, times[i])
+        def evaluate(frac: jax.Array, lattice: jax.Array, i: Any) -> tuple[jax.Array, jax.Array]:
+            time = jnp.full(len(slot), times[i])
             x_pred, lattice_pred = predict(frac, lattice, time)
             clean = diffusion.predicted_x0(lattice_pred, lattice, self._logsnr(time), "v")
             return x_pred * torus.pull_size(self._sigma(times[i])), clean.clip(*LATTICE_RANGE)
 
-        def step(carry, i):
-            frac, lattice = carry
-            ratio = sigmas[i + 1] / sigmas[i]
-            logsnr = logsnrs[i], logsnrs[i + 1]
-            last = i == num_steps - 1
-            quiet = (method == "mean") & (sigmas[i] < mean_below)
-            share = jnp.where(quiet, noise_below, 1.0)
-            pulled, lattice_0 = evaluate(frac, lattice, i)
-            if method in ("ancestral", "mean"):
-                next_frac = frac - (1 - ratio**2) * pulled
-            else:
-                next_frac = frac - (1 - ratio) * pulled
-            next_lattice = ddim_step(lattice, lattice_0, *logsnr)
-            if method == "heun":
-                again, lattice_1 = evaluate(next_frac, next_lattice, i + 1)
-                # Along sigma the slope is the pull over sigma; at the last step there is no second one.
-                slope = 0.5 * (pulled + again / jnp.where(last, 1.0, ratio))
-                next_frac = jnp.where(last, next_frac, frac - (1 - ratio) * slope)
-                next_lattice = ddim_step(lattice, 0.5 * (lattice_0 + lattice_1), *logsnr)
-            if method in ("ancestral", "mean"):
-                x_noise, lattice_noise = draw(i + 1, jax.random.normal)
-                # Between the posterior's variance and the forward process's, as `sampler.ancestral_step` has it.
-                std = sigmas[i + 1] ** (1 - log_variance_interpolation) * sigmas[i] ** log_variance_interpolation
-                next_frac = next_frac + jnp.where(last, 0.0, share * std * jnp.sqrt(1 - ratio**2)) * x_noise
-                noisy = ancestral_step(lattice, lattice_0, *logsnr, lattice_noise, log_variance_interpolation)
-                next_lattice = jnp.where(last | quiet, next_lattice, noisy)
-
-            alpha, deviation = diffusion.alpha_sigma(logsnr[1])
-            moves_lattice = method != "mean" or noise_below > 0
-
-            def correct(n, carry):
-                frac, lattice = carry
-                x_noise, lattice_noise = draw(num_steps * (n + 1) + i + 1, jax.random.normal)
-                pulled, clean = evaluate(frac, lattice, i + 1)
-                moved = -CORRECTION * pulled + share * math.sqrt(2 * CORRECTION) * sigmas[i + 1] * x_noise
-                turned = CORRECTION * (alpha * clean - lattice) + math.sqrt(2 * CORRECTION) * deviation * lattice_noise
-                return jnp.where(last, frac, frac + moved), jnp.where(last, lattice, lattice + moves_lattice * turned)
-
-            if corrector_steps:  # in a loop: the network is compiled once more, however many there are
-                next_frac, next_lattice = jax.lax.fori_loop(0, corrector_steps, correct, (next_frac, next_lattice))
-            return (torus.wrap(next_frac), jnp.where(last, lattice_0, next_lattice)), None
-
-        start = draw(0, jax.random.uniform)
-        (frac, lattice), _ = jax.lax.scan(step, start, jnp.arange(num_steps))
+        process = ReverseProcess(
+            evaluate,
+            Noise(key, arrays["indices"], slot.shape[1], self.spec.lattice_size),
+            self._sigma(times).at[-1].set(0.0),  # the last step leaves the smallest noise for none
+            self._logsnr(times),
+            method=method,
+            log_variance_interpolation=log_variance_interpolation,
+            mean_below=mean_below,
+            noise_below=noise_below,
+            corrector_steps=corrector_steps,
+        )
+        frac, lattice = process.run()
+        mask = slot < self.spec.num_slots
         coords = 2.0 * jnp.where(mask[..., None], frac - jnp.floor(frac), 0.0) - 1.0
         return densify({"slot": slot, "coords": coords}, self.spec), lattice
 
