@@ -135,6 +135,8 @@ def test_dropout_keeps_the_mean_and_drops_at_its_rate(shape):
         assert both.mean() == pytest.approx((26 / 256) ** 2, abs=5 * np.sqrt(0.01 / y.size))
     assert np.any(y != np.asarray(layers.dropout(x, 0.1, KEYS[1])))
     assert np.array_equal(layers.dropout(x, 0.0, KEYS[0]), x)
+    # Neither none nor all, however small or large the rate.
+    assert 0 < np.mean(layers.dropout(x, 0.001, KEYS[0]) == 0) < 0.01 and np.any(layers.dropout(x, 0.999, KEYS[0]) > 0)
 
 
 def test_what_a_convolution_reads_is_kept_in_memory_on_cpu_and_changes_nothing():

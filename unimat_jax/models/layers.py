@@ -44,7 +44,7 @@ def dropout(x: jax.Array, rate: float, key: jax.Array) -> jax.Array:
     number = math.prod(x.shape)
     words = jax.random.bits(key, (-(-number // 4),), jnp.uint32)
     bytes_ = lax.bitcast_convert_type(words, jnp.uint8).reshape(-1)[:number].reshape(x.shape)
-    dropped = round(256 * rate)
+    dropped = min(max(round(256 * rate), 1), 255) if rate else 0
     return jnp.where(bytes_ < dropped, 0.0, x * (256 / (256 - dropped))).astype(x.dtype)
 
 
