@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tiny_run import TINY_MODEL
+from tiny_run import TINY_MODEL, slots_config
 
 from unimat_jax import default_config, models
 from unimat_jax.assembly import create_composition, create_objective
@@ -266,21 +266,10 @@ def test_settings_that_cannot_be():
 # A run
 
 
-def config(data_dir, width=16):
-    config = default_config.get_config("slots")
-    config.data.update(dataset="starter", data_dir=str(data_dir), table="data", random_shift=False)
-    config.model.update(width=16, depth=1, heads=2, pair_width=8)
-    config.composition.update(width=width, depth=1)
-    config.optimizer.update(learning_rate=3e-3, warmup_steps=2, ema_decay=0.9)
-    config.train.update(num_steps=6, batch_size=8, log_every=1, checkpoint_every=3, eval_every=3, eval_examples=8)
-    config.sample.update(num_steps=4, batch_size=4)
-    return config.lock()
-
-
 @pytest.fixture(scope="module")
 def run(tiny_data, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("what") / "run"
-    train(config(tiny_data), workdir)
+    train(slots_config(tiny_data, composition__width=16), workdir)
     return workdir
 
 
@@ -313,7 +302,7 @@ def test_conditions_reach_the_crystals(run):
 
 
 def test_the_other_network_learns_what_it_learns_without(run, tiny_data, tmp_path):
-    train(config(tiny_data, width=0), tmp_path / "alone")
+    train(slots_config(tiny_data), tmp_path / "alone")
     both, alone = Generator(run, ema=False), Generator(tmp_path / "alone", ema=False)
     assert set(both.params) - set(alone.params) == {"composition"}
     rest = {name: tree for name, tree in both.params.items() if name != "composition"}
@@ -345,7 +334,7 @@ def test_a_run_goes_on_and_an_export_gives_the_same(run, tiny_data, tmp_path):
 
     workdir = shutil.copytree(run, tmp_path / "again")
     shutil.rmtree(workdir / "checkpoints" / "6")
-    train(config(tiny_data), workdir)
+    train(slots_config(tiny_data, composition__width=16), workdir)
     assert Generator(workdir).params_hash == Generator(run).params_hash
     folder = export(run, tmp_path / "model", licence="cc-by-4.0")
     assert "exact composition, or what its model of compositions draws" in (folder / "README.md").read_text()

@@ -42,6 +42,6 @@ def places(counts, seed=0):
     return np.random.default_rng(seed).random((sum(counts), 3)).astype(np.float32)
 
 
-def close(a, b):
+def assert_close(a, b):
     for x, y in zip(a, b, strict=True):
         np.testing.assert_allclose(x, y, rtol=2e-4, atol=2e-4)

@@ -6,10 +6,9 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from slot_networks import SMALL
-from tiny_run import PROPERTY
+from tiny_run import PROPERTY, slots_config
 
-from unimat_jax import default_config, sharding
+from unimat_jax import sharding
 from unimat_jax.assembly import sampler_program
 from unimat_jax.errors import UserError
 from unimat_jax.generator import Generator
@@ -17,24 +16,10 @@ from unimat_jax.requests import Request
 from unimat_jax.train import train
 
 
-def config(data_dir, **changes):
-    config = default_config.get_config("slots")
-    config.data.update(dataset="starter", data_dir=str(data_dir), table="data", random_shift=False)
-    config.model.update(SMALL | {"depth": 1})
-    config.optimizer.update(learning_rate=3e-3, warmup_steps=2, ema_decay=0.9)
-    config.train.update(num_steps=6, batch_size=8, log_every=1, checkpoint_every=3, eval_every=3, eval_examples=8)
-    config.train.update(sample_every=6, sample_examples=3)
-    config.sample.update(num_steps=4, batch_size=4)
-    for name, value in changes.items():
-        section, field = name.split("__")
-        config[section][field] = value
-    return config.lock()
-
-
 @pytest.fixture(scope="module")
 def slots_run(tiny_data, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("slots") / "run"
-    train(config(tiny_data), workdir)
+    train(slots_config(tiny_data, train__sample_every=6, train__sample_examples=3), workdir)
     return workdir
 
 
@@ -60,13 +45,13 @@ def test_a_run_goes_on_bit_for_bit_and_on_another_mesh_to_rounding(
     def gone_on(name, **changes):
         workdir = shutil.copytree(run, tmp_path / name)
         shutil.rmtree(workdir / "checkpoints" / "6")
-        train(config(tiny_data, train__sample_every=0, optimizer__name=optimizer, **changes), workdir)
+        train(slots_config(tiny_data, optimizer__name=optimizer, **changes), workdir)
         return Generator(workdir)
 
     run = slots_run
     if optimizer == "muon":
         run = tmp_path / "run"
-        train(config(tiny_data, optimizer__name="muon"), run)
+        train(slots_config(tiny_data, optimizer__name="muon"), run)
     before = Generator(run)
     assert gone_on("again").params_hash == before.params_hash
     monkeypatch.setattr(sharding, "MIN_SIZE_TO_SHARD", 32)
@@ -104,18 +89,17 @@ def test_requests_of_all_sizes_come_in_their_order_whatever_is_sampled_together(
 
 
 def test_crystals_of_like_sizes_are_trained_on_together(tiny_data, tmp_path):
-    changes = {"train__num_steps": 4, "train__sample_every": 0}
-    train(config(tiny_data, data__size_window=2, **changes), tmp_path / "run")
+    train(slots_config(tiny_data, data__size_window=2, train__num_steps=4), tmp_path / "run")
     rows = rows_of(tmp_path / "run")
     assert all(np.isfinite(rows[step]["train/loss"]) for step in range(1, 5)) and np.isfinite(rows[3]["eval/loss"])
     with pytest.raises(UserError, match=r"data.size_window \(2 there, 0 now\)"):
-        train(config(tiny_data, **changes), tmp_path / "run")
+        train(slots_config(tiny_data, train__num_steps=4), tmp_path / "run")
     with pytest.raises(UserError, match=r"config.data.size_window = -1"):
-        train(config(tiny_data, data__size_window=-1), tmp_path / "other")
+        train(slots_config(tiny_data, data__size_window=-1), tmp_path / "other")
 
 
 def test_a_run_with_neighbours(tiny_data, tmp_path):
-    train(config(tiny_data, model__neighbours=2, model__remat=True, train__num_steps=3), tmp_path)
+    train(slots_config(tiny_data, model__neighbours=2, model__remat=True, train__num_steps=3), tmp_path)
     assert all(np.isfinite(row["train/loss"]) for step, row in rows_of(tmp_path).items() if step)
     generator = Generator(tmp_path)
     assert generator.spec.max_atoms > 2
@@ -128,9 +112,8 @@ def test_a_run_with_a_property(tiny_data, tmp_path):
         "data__properties": (PROPERTY,),
         "composition__width": 8,
         "train__num_steps": 3,
-        "train__sample_every": 0,
     }
-    train(config(tiny_data, **changes), tmp_path)
+    train(slots_config(tiny_data, **changes), tmp_path)
     assert all(np.isfinite(row["train/composition_loss"]) for step, row in rows_of(tmp_path).items() if step)
     generator = Generator(tmp_path)
     assert [p["name"] for p in generator.condition_schema] == [PROPERTY]

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from pymatgen.core import Lattice
-from slot_networks import SETTINGS, SMALL, SPEC, close, network_with, places, slots_of
+from slot_networks import SETTINGS, SMALL, SPEC, assert_close, network_with, places, slots_of
 
 from unimat_jax import models
 from unimat_jax.errors import UserError
@@ -97,8 +97,8 @@ def test_shifts_and_images_change_nothing(predict, counts):
     before = predict(frac, counts)
     if sum(counts) > 1:
         assert np.abs(before[0]).max() > 0.1 and np.abs(before[0] - predict(places(counts, 9), counts)[0]).max() > 0.05
-    close(predict((frac + rng.random(3)) % 1, counts), before)
-    close(predict(frac + rng.integers(-2, 3, frac.shape), counts), before)
+    assert_close(predict((frac + rng.random(3)) % 1, counts), before)
+    assert_close(predict(frac + rng.integers(-2, 3, frac.shape), counts), before)
 
 
 @pytest.mark.parametrize("counts", CASES)
@@ -107,7 +107,7 @@ def test_permuting_the_atoms_of_an_element_permutes_what_comes_out(predict, coun
     ends = np.cumsum(counts)
     order = np.concatenate([rng.permutation(np.arange(end - n, end)) for n, end in zip(counts, ends, strict=True)])
     x, lattice = predict(frac, counts)
-    close(predict(frac[order], counts), (x[order], lattice))
+    assert_close(predict(frac[order], counts), (x[order], lattice))
 
 
 def test_elements_are_told_apart(predict):
@@ -121,7 +121,7 @@ def test_padding_changes_nothing_whatever_it_holds(predict, counts):
     x, lattice = predict(frac, counts)
     for fill in (0.0, 0.37):
         padded, cell = predict(frac, counts, number + 7, fill)
-        close((padded[:number], cell), (x, lattice))
+        assert_close((padded[:number], cell), (x, lattice))
         assert (padded[number:] == 0).all()
 
 
@@ -131,7 +131,9 @@ def test_as_many_neighbours_as_atoms_are_all_pairs_and_fewer_still_see_the_far_o
     expected = every(frac, counts)
     for x, y in zip(predictor(neighbours=21)(frac, counts), expected, strict=True):
         np.testing.assert_array_equal(x, y)
-    close([predictor(neighbours=21)(frac, counts, 24)[0][:21]], expected[:1])  # padded: chosen among, and none unseen
+    assert_close(
+        [predictor(neighbours=21)(frac, counts, 24)[0][:21]], expected[:1]
+    )  # padded: chosen among, and none unseen
     few = predictor(neighbours=4)
     assert np.abs(few(frac, counts)[0] - expected[0]).max() > 0.01
     # 2 of 20 alike are not among an atom's 4 nearest; whichever element they are, it notices.

@@ -37,6 +37,22 @@ def config(data_dir: Path | str, **changes: Any) -> Any:
     config.train.update(num_steps=NUM_STEPS, batch_size=BATCH_SIZE, log_every=1, checkpoint_every=6, eval_every=6)
     config.train.update(eval_examples=10, sample_every=NUM_STEPS, sample_examples=4)
     config.sample.update(num_steps=4, batch_size=NUM_SAMPLES)
+    return changed(config, changes)
+
+
+def slots_config(data_dir: Path | str, **changes: Any) -> Any:
+    """The config of a tinier run of the slots model, without a model of compositions; `changes` as above."""
+    config = default_config.get_config("slots")
+    config.data.update(dataset="starter", data_dir=str(data_dir), table="data", random_shift=False)
+    config.model.update(width=16, depth=1, heads=2, pair_width=8)
+    config.composition.update(depth=1)
+    config.optimizer.update(learning_rate=3e-3, warmup_steps=2, ema_decay=0.9)
+    config.train.update(num_steps=6, batch_size=8, log_every=1, checkpoint_every=3, eval_every=3, eval_examples=8)
+    config.sample.update(num_steps=4, batch_size=4)
+    return changed(config, changes)
+
+
+def changed(config: Any, changes: dict[str, Any]) -> Any:
     for name, value in changes.items():
         section, field = name.split("__")
         config[section][field] = value
