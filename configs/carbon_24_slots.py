@@ -17,12 +17,8 @@ def get_config():
     config.data.random_shift = False  # the network sees differences of coordinates alone
     config.data.shuffle_atoms = False  # and does not know one atom from another
     config.data.size_window = 16  # 9 atoms on average, 24 at most
-    config.model.width = 96
-    config.model.depth = 5
-    config.model.heads = 6
-    config.model.pair_width = 48
     config.model.directions = True
-    config.model.dropout_rate = 0.1
+    config.model.dropout_rate = 0.05
     config.composition.width = 16  # how many atoms, for samples without a formula
     config.diffusion.sigma_min = 0.005
     config.optimizer.name = "muon"
@@ -31,16 +27,17 @@ def get_config():
     config.optimizer.warmup_steps = 200
     config.optimizer.weight_decay = 0.05
     config.optimizer.ema_decay = 0.999
-    config.train.num_steps = 24_000
+    config.train.num_steps = 22_000
     config.train.batch_size = 128
     config.train.checkpoint_every = 500
     config.train.eval_every = 1_000
     config.train.eval_examples = 512
     config.sample.method = "mean"
-    config.sample.num_steps = 100
+    config.sample.num_steps = 150
     config.sample.mean_below = 0.06  # the densities of the data; above it more are exact, and too many are diamond
     config.sample.noise_below = 0.3
-    config.sample.corrector_steps = 3
+    config.sample.corrector_steps = 12
+    config.sample.corrector_below = 0.05  # they settle what is there; above it they would turn it into diamond
     config.sample.time_power = 0.5
     config.sample.batch_size = 128
     return config

@@ -165,7 +165,9 @@ def test_the_narrow_method_is_as_narrow_as_it_is_told():
 
     wide, narrow, narrower = width(mean_below=0.0), width(mean_below=0.05), width(mean_below=0.3)
     assert wide == pytest.approx(0.06, rel=0.1) and narrower < narrow < wide
-    assert width(mean_below=0.3, corrector_steps=1) < narrower
+    corrected = width(mean_below=0.3, corrector_steps=1)
+    assert corrected < narrower == width(mean_below=0.3, corrector_steps=1, corrector_below=0.0)
+    assert corrected < width(mean_below=0.3, corrector_steps=1, corrector_below=0.05) < narrower
     assert narrower < width(mean_below=0.3, noise_below=0.5) < wide
     assert width(mean_below=0.3, noise_below=1.0) == wide
 
@@ -225,5 +227,7 @@ def test_bad_settings_are_named():
         make(SETTINGS, UniMatSpec(3, 5, SPEC.table, "cartesian", "matrix", (0.0,) * 9, (1.0,) * 9))
     with pytest.raises(UserError, match=r"corrector_steps.*= -1"):
         make(SETTINGS, SPEC).check_sampler({"method": "ddim", "corrector_steps": -1})
+    with pytest.raises(UserError, match=r"corrector_below.*= -0.1"):
+        make(SETTINGS, SPEC).check_sampler({"method": "ddim", "corrector_below": -0.1})
     with pytest.raises(UserError, match=r"noise_below.*= 1.5: give a share"):
         make(SETTINGS, SPEC).check_sampler({"method": "mean", "noise_below": 1.5})

@@ -79,7 +79,8 @@ def get_config(model: str = "unet3d") -> Any:  # a ConfigDict; its fields are un
     config.sample.time_power = 1.0  # times are even, to this power: above 1 closer near the data
     config.sample.mean_below = 0.2  # slots, "mean": little noise is added where it is below this share of the cell:
     config.sample.noise_below = 0.0  # this share of it
-    config.sample.corrector_steps = 0  # slots: Langevin steps after each step, an evaluation each
+    config.sample.corrector_steps = 0  # slots: Langevin steps after each step, an evaluation each,
+    config.sample.corrector_below = 1.0  # where the noise is below this share of the cell
     return config
 
 

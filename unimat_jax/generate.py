@@ -72,6 +72,7 @@ def parser() -> Parser:
     )
     p.add_argument("--noise_below", type=float, help="slots, method mean: how little, as a share of the full noise")
     p.add_argument("--corrector_steps", type=int, help="slots: Langevin steps after each step, an evaluation each")
+    p.add_argument("--corrector_below", type=float, help="slots: share of the cell below which these are taken")
     p.add_argument("--log_variance_interpolation", type=float, help="the paper's 0.1, for ancestral sampling")
     p.add_argument("--batch_size", type=int, help="samples at a time; changes speed and memory only")
     p.add_argument("--step", type=int, help="of the checkpoint; default: the latest")

@@ -65,6 +65,7 @@ class SamplerSettings:
     mean_below: float = 0.2
     noise_below: float = 0.0
     corrector_steps: int = 0
+    corrector_below: float = 1.0
 
     def __post_init__(self):
         if self.num_steps < 1 or self.batch_size < 1:

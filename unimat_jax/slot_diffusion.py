@@ -90,7 +90,7 @@ class SlotDiffusion:
         """Raises UserError for fields of config.sample that cannot be."""
         if settings["method"] not in METHODS:
             raise UserError(f"config.sample.method (--method) = {settings['method']!r}: choose from {METHODS}")
-        for name in ("mean_below", "noise_below", "corrector_steps"):
+        for name in ("mean_below", "noise_below", "corrector_steps", "corrector_below"):
             if settings.get(name, 0) < 0:
                 raise UserError(f"config.sample.{name} (--{name}) = {settings[name]}: give a number, or 0")
         if settings.get("noise_below", 0) > 1:
@@ -145,12 +145,13 @@ class SlotDiffusion:
         mean_below: float = 0.2,
         noise_below: float = 0.0,
         corrector_steps: int = 0,
+        corrector_below: float = 1.0,
     ) -> tuple[jax.Array, jax.Array]:
         """Samples (x_0 [B, L, H, W, 3], lattice_0 [B, D]) in model units. arrays: of `conditions`, and `indices` [B].
 
-        All noise of a sample comes from (key, its index), the same for an atom whatever the padding. Of the methods,
-        mean_below, noise_below and corrector_steps: `slot_sampler.ReverseProcess`. guidance_weight: the paper's w (its
-        equation 2) on the properties, of which coordinates and lattice know; a second evaluation each time.
+        All noise of a sample comes from (key, its index), the same for an atom whatever the padding. Of the methods and
+        of what their settings mean: `slot_sampler.ReverseProcess`. guidance_weight: the paper's w (its equation 2) on
+        the properties, of which coordinates and lattice know; a second evaluation each time.
         """
         slot, seen = arrays["slot"], arrays["properties"]
         times = time_grid(num_steps, time_power)
@@ -185,6 +186,7 @@ class SlotDiffusion:
             mean_below=mean_below,
             noise_below=noise_below,
             corrector_steps=corrector_steps,
+            corrector_below=corrector_below,
         )
         frac, lattice = process.run()
         mask = slot < self.spec.num_slots

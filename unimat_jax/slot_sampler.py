@@ -54,9 +54,10 @@ class ReverseProcess:
     method: "ancestral", "mean" (ancestral, with the share `noise_below` of its noise where that is below `mean_below`
     of the cell: narrower than the learned distribution; with none at all, two atoms of an element that meet stay
     together, since nothing tells them apart), "ddim" (the probability flow) or "heun" (the same, of second order, with
-    two evaluations a step). After each step but the last, `corrector_steps` Langevin steps of coordinates and lattice
-    at its noise (Song et al. 2021, algorithm 4), an evaluation each. Of the coordinates with as little noise as "mean"
-    has there; without any (noise_below = 0) the lattice is left to the steps.
+    two evaluations a step). After each step but the last that leaves less noise than `corrector_below` (of the cell),
+    `corrector_steps` Langevin steps of coordinates and lattice at that noise (Song et al. 2021, algorithm 4), an
+    evaluation each. Of the coordinates with as little noise as "mean" has there; without any (noise_below = 0) the
+    lattice is left to the steps.
     """
 
     evaluate: Callable[[jax.Array, jax.Array, Any], Pair]
@@ -68,6 +69,7 @@ class ReverseProcess:
     mean_below: float
     noise_below: float
     corrector_steps: int
+    corrector_below: float
 
     def run(self) -> Pair:
         """Samples: all steps in one loop, on the device."""
@@ -93,7 +95,12 @@ class ReverseProcess:
             return jnp.where(last, carry[0], carry[0] + moved), jnp.where(last, carry[1], carry[1] + turned)
 
         if self.corrector_steps:  # in a loop: the network is compiled once more, however many there are
-            next_frac, next_lattice = jax.lax.fori_loop(0, self.corrector_steps, correct, (next_frac, next_lattice))
+            next_frac, next_lattice = jax.lax.cond(
+                self.sigmas[i + 1] < self.corrector_below,
+                lambda pair: jax.lax.fori_loop(0, self.corrector_steps, correct, pair),
+                lambda pair: pair,
+                (next_frac, next_lattice),
+            )
         return torus.wrap(next_frac), jnp.where(last, lattice_0, next_lattice)
 
     def _random_step(
