@@ -131,9 +131,8 @@ def test_as_many_neighbours_as_atoms_are_all_pairs_and_fewer_still_see_the_far_o
     expected = every(frac, counts)
     for x, y in zip(predictor(neighbours=21)(frac, counts), expected, strict=True):
         np.testing.assert_array_equal(x, y)
-    assert_close(
-        [predictor(neighbours=21)(frac, counts, 24)[0][:21]], expected[:1]
-    )  # padded: chosen among, and none unseen
+    padded = predictor(neighbours=21)(frac, counts, 24)[0]  # chosen among, and none unseen
+    assert_close([padded[:21]], expected[:1])
     few = predictor(neighbours=4)
     assert np.abs(few(frac, counts)[0] - expected[0]).max() > 0.01
     # 2 of 20 alike are not among an atom's 4 nearest; whichever element they are, it notices.
