@@ -73,7 +73,11 @@ def report() -> ReportData:
         generated=generated,
         nearest=nearest,
         reference=known,
-        histograms={"density (g/cm3)": numbers, "number of elements": {"generated": [2, 3, 3], "reference": [1, 3]}},
+        histograms={
+            "density (g/cm3)": numbers,
+            "number of elements": {"generated": [2, 3, 3], "reference": [1, 3]},
+            "space group": {"generated": [*range(100, 140)], "reference": [200]},  # the rarest are "other"
+        },
         failures={"atoms_too_close": 43, HOSTILE: 1},
         files={"metrics.json": HOSTILE},
     )
@@ -350,6 +354,16 @@ def test_histograms_and_elements_read_out_their_numbers(page):
     page.locator(".periodic").first.focus()
     page.keyboard.press("ArrowRight")
     assert readout.inner_text().startswith("F 9")
+
+
+def test_the_labels_of_histograms_are_within_the_picture(page):
+    assert page.locator("#histograms text", has_text="other").count() == 1
+    outside = """picture => [...picture.querySelectorAll("text")].filter(text => {
+      const box = text.getBBox();
+      return box.x < 0 || box.x + box.width > picture.viewBox.baseVal.width + 0.1;
+    }).map(text => text.textContent)"""
+    charts = page.locator("#histograms svg")
+    assert [charts.nth(i).evaluate(outside) for i in range(charts.count())] == [[], [], []]
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(390, "light"), (390, "dark"), (1280, "dark")])

@@ -1,6 +1,7 @@
 /* Histograms of generated against reference structures, as SVG. */
 
-const CHART = { width: 300, height: 132, left: 30, right: 6, top: 8, bottom: 22 };
+const CHART = { width: 300, height: 132, left: 33, right: 6, top: 8, bottom: 22 };
+const LETTER = 6; // width of one
 const LINES = ["first", "second", "third"];
 
 function drawHistograms(host) {
@@ -31,7 +32,10 @@ function histogram(chart, style) {
     makeSvg("line", { x1: left, x2: width - right, y1: y(0), y2: y(0), class: "axis" }),
     text("end", left - 4, y(most) + 7, percent(most, most < 0.1 ? 1 : 0).replace(" ", "")),
     text("end", left - 4, y(0) + 2, "0"),
-    ...ticks(chart, x).map(([px, label]) => text("middle", px, height - 8, label)),
+    ...ticks(chart, x).map(([px, label]) => {
+      const leaves = px + (LETTER / 2) * label.length > width; // the picture, at its right
+      return text(leaves ? "end" : "middle", leaves ? width : px, height - 8, label);
+    }),
   ];
   const cursor = makeSvg("rect", { y: top, height: height - top - bottom, width: x(1) - x(0), class: "cursor" });
   const readout = make("p", { className: "readout", ariaLive: "polite" });
@@ -79,7 +83,7 @@ function ticks(chart, x) {
     return places.map((value) => [x((bins * (value - low)) / (high - low)), number(value)]);
   }
   const longest = Math.max(...chart.categories.map((name) => name.length), 1);
-  const every = Math.max(1, Math.ceil((longest * 6 + 4) / (x(1) - x(0))));
+  const every = Math.max(1, Math.ceil((longest * LETTER + 4) / (x(1) - x(0))));
   return chart.categories.map((name, i) => [x(i + 0.5), name]).filter((_, i) => i % every === 0);
 }
 
