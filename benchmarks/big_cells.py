@@ -5,9 +5,9 @@ python -m benchmarks.big_cells --source=... --write=cells.extxyz        supercel
 python -m benchmarks.big_cells --source=cells.extxyz --sampled=out      nearest distances of what was generated
 
 Supercells are those of real elements and binary compounds, as near to cubes as whole multiples make them. Of each size
-the one with the most atoms of one element is measured (255 is the most that a record holds), one crystal a step, on
-whatever jax finds; the U-Net's operations are counted, and with --compile_unet its memory is the compiler's: it is not
-run. Exponents are slopes of log cost against log atoms, over the three largest sizes.
+the one with the most atoms of one element is measured (255 is the most that a record holds), one crystal a step, on the
+first device that jax finds. The U-Net is not run: its operations are counted, and with --compile_unet its memory is the
+compiler's. Exponents are slopes of log cost against log atoms, over the three largest sizes.
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ def measure(name: str, crystal: Crystal, rounds: int, compile_unet: bool) -> dic
     flags += ["--config.train.batch_size=1", "--config.sample.method=ddim"]
     config, _, _ = load_config([f"--config={config_path(file)}", "--workdir=unused", *flags])
     spec = UniMatSpec(max_atoms_per_element=most_of_one(crystal), max_atoms=crystal.num_atoms)
-    mesh = sharding.make_mesh(1)
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
     run = assemble(config, spec, [], mesh)
     key = jax.random.key(0)
     cost = step_cost(run.train_step, run.abstract_state, abstract_batch(spec, 0, 1), key)
@@ -182,7 +182,7 @@ def measure(name: str, crystal: Crystal, rounds: int, compile_unet: bool) -> dic
     if not np.isfinite(train()["train/loss"]):
         raise FloatingPointError(f"{crystal.uid}: the loss of {name} is no number")
     program = sampler_program(run.objective, mesh, **{**config.sample, "num_steps": SAMPLER_STEPS})
-    arrays = {"slot": batch["slot"], "indices": batch["index"]}
+    arrays = {"slot": batch["slot"], "properties": batch["properties"], "indices": batch["index"]}
     pair = seconds_of(lambda: program(state.ema_params, key, arrays), rounds)
     row["sample_step_s"], row["sample_step_processor_s"] = (seconds / SAMPLER_STEPS for seconds in pair)
     return row

@@ -88,20 +88,12 @@ def prepare(
         data_dir, files = Path(data_dir).resolve(), {split: path.resolve() for split, path in files.items()}
     cell = CellOptions(bool(primitive), niggli is None or niggli, primitive_tolerance, niggli_tolerance)
     declared = dict(_column(text) for text in properties)
-    fractions = tuple(float(f) for f in split_fractions)
-    if len(fractions) != 3 or min(fractions) < 0 or fractions[0] <= 0:
-        raise UserError(
-            f"--split_fractions={split_fractions}: give three numbers for train, validation and test, train above 0"
-        )
-    by = split_by or ("formula" if dataset == "starter" else "id")
-    if by not in ("id", "formula"):
-        raise UserError(f"--split_by={by}: choose 'id' or 'formula'")
     if time_limit <= 0:
         raise UserError(f"--time_limit={time_limit}: give seconds above 0")
     for flag, value in (("part_size", part_size), ("num_shards", num_shards)):
         if value is not None and value < 1:
             raise UserError(f"--{flag}={value}: give 1 or more")
-    rule = SplitRule(read_split_ids(split_ids) if split_ids else None, by, fractions, seed)
+    rule = _split_rule(dataset, split_ids, split_by, split_fractions, seed)
     filters = Filters(max_atoms, max_atoms_per_element, _elements(elements))
     parsing = {"cell": dataclasses.asdict(cell), "source": fingerprint(files)}
     options: dict[str, Any] = {
@@ -162,6 +154,20 @@ def prepare(
     if not quiet:
         print(table(report, directory))
     return directory
+
+
+def _split_rule(
+    dataset: str, ids: str | Path | None, by: str | None, fractions: Sequence[float], seed: int
+) -> SplitRule:
+    fractions = tuple(float(f) for f in fractions)
+    if len(fractions) != 3 or min(fractions) < 0 or fractions[0] <= 0:
+        raise UserError(
+            f"--split_fractions={fractions}: give three numbers for train, validation and test, train above 0"
+        )
+    by = by or ("formula" if dataset == "starter" else "id")
+    if by not in ("id", "formula"):
+        raise UserError(f"--split_by={by}: choose 'id' or 'formula'")
+    return SplitRule(read_split_ids(ids) if ids else None, by, fractions, seed)
 
 
 @contextlib.contextmanager

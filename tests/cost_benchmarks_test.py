@@ -1,12 +1,16 @@
 """The benchmarks of cost and learning: their settings load, and their arithmetic gives back what was put in."""
 
+import json
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from crystal_cases import diamond
 
-from benchmarks import cost_curves, learning, profile_step
+from benchmarks import big_cells, cost_curves, learning, profile_step
+from unimat_jax.crystal import Crystal
 from unimat_jax.errors import UserError
+from unimat_jax.structure_files import read_structures
 
 
 def test_the_model_of_a_step_finds_its_own_coefficients():
@@ -29,6 +33,25 @@ def test_operations_of_the_papers_model_are_a_polynomial_of_its_levels():
     predicted = p["constant"] + p["linear"] * 4 + p["quadratic"] * 4**2
     assert predicted == pytest.approx(flops[4], rel=1e-3)
     assert 0 < p["quadratic"] * 20**2 < 0.05 * flops[20]
+
+
+def test_big_cells_are_supercells_and_have_their_costs(tmp_path, monkeypatch):
+    slots, changes = big_cells.VARIANTS["neighbours"]
+    tiny = {"model.width": 8, "model.depth": 1, "model.heads": 2, "model.pair_width": 4, "model.neighbours": 8}
+    variants = {"neighbours": (slots, changes | tiny), "unet": big_cells.VARIANTS["unet"]}
+    monkeypatch.setattr(big_cells, "VARIANTS", variants)
+    source, cells = tmp_path / "source.extxyz", tmp_path / "cells.extxyz"
+    source.write_text(diamond().to_extxyz())
+    assert big_cells.main([f"--source={source}", f"--write={cells}", "--number=3"]) == 0
+    written = [c for c in read_structures(cells) if isinstance(c, Crystal)]
+    assert [100 <= c.num_atoms <= big_cells.MOST_OF_ONE for c in written] == [True] * 3
+    assert [c.volume / c.num_atoms for c in written] == pytest.approx([diamond().volume / diamond().num_atoms] * 3)
+    output = tmp_path / "costs.json"
+    assert big_cells.main([f"--source={source}", "--sizes=16", "--rounds=1", f"--output={output}"]) == 0
+    rows = {row.pop("variant"): row for row in json.loads(output.read_text())["rows"]}
+    assert {name: row["atoms"] for name, row in rows.items()} == {"neighbours": 16, "unet": 16}
+    assert all(rows["neighbours"][cost] > 0 for cost in big_cells.COSTS)
+    assert rows["unet"]["flops"] > rows["neighbours"]["flops"]
 
 
 def test_a_profile_goes_into_kinds():
