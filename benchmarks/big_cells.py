@@ -25,6 +25,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ase.neighborlist import neighbor_list
 
 from benchmarks.fingerprints import commit, machine
 from unimat_jax import sharding
@@ -214,14 +215,25 @@ def exponents(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
     return result
 
 
+def meets_another_element(crystal: Crystal) -> np.ndarray:
+    """Whether the nearest atom of each is of another element; of atoms that have one within 6 Angstrom."""
+    atom, other, distance = neighbor_list("ijd", crystal.to_ase(), 6.0)
+    order = np.lexsort((distance, atom))
+    first = order[np.unique(atom[order], return_index=True)[1]]
+    return crystal.atomic_numbers[atom[first]] != crystal.atomic_numbers[other[first]]
+
+
 def distances(crystals: Sequence[Crystal]) -> dict[str, Any]:
-    """Percentiles of the distance from an atom to its nearest one (Angstrom), and volumes, over all crystals."""
+    """Percentiles of the distance from an atom to its nearest one (Angstrom), how often that one is of another element
+    (compounds alone), and volumes, over all crystals."""
     nearest = [shells(c).nearest for c in crystals]
+    met = [meets_another_element(c) for c in crystals if len(set(c.atomic_numbers.tolist())) > 1]
     levels = (0, 5, 50, 95)
     return {
         "crystals": len(crystals), "atoms": [min(map(len, nearest)), max(map(len, nearest))],
         "nearest_percentiles": dict(zip(map(str, levels), np.percentile(np.concatenate(nearest), levels), strict=True)),
         "share_below_1A": float((np.concatenate(nearest) < 1).mean()),
+        "nearest_is_of_another_element": float(np.concatenate(met).mean()) if met else None,
         "volume_per_atom": statistics.median(c.volume / c.num_atoms for c in crystals),
     }  # fmt: skip
 

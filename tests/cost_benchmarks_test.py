@@ -46,6 +46,10 @@ def test_big_cells_are_supercells_and_have_their_costs(tmp_path, monkeypatch):
     written = [c for c in read_structures(cells) if isinstance(c, Crystal)]
     assert [100 <= c.num_atoms <= big_cells.MOST_OF_ONE for c in written] == [True] * 3
     assert [c.volume / c.num_atoms for c in written] == pytest.approx([diamond().volume / diamond().num_atoms] * 3)
+    salt = Crystal.create([11, 17], [[0, 0, 0], [0.5, 0.5, 0.5]], 2.82 * (1 - np.eye(3)), "NaCl")
+    assert big_cells.distances([salt, diamond()])["nearest_is_of_another_element"] == 1
+    caesium = Crystal.create([55, 55, 17], [[0, 0, 0], [0.5, 0, 0], [0.5, 0.5, 0.4]], 6 * np.eye(3), "x")
+    np.testing.assert_array_equal(big_cells.meets_another_element(caesium), [False, False, True])
     output = tmp_path / "costs.json"
     assert big_cells.main([f"--source={source}", "--sizes=16", "--rounds=1", f"--output={output}"]) == 0
     rows = {row.pop("variant"): row for row in json.loads(output.read_text())["rows"]}
