@@ -92,11 +92,11 @@ class ReverseProcess:
 
         def correct(n: jax.Array, carry: Pair) -> Pair:
             moved, turned = self._correction(*carry, i, self._num_steps * (n + 1) + i + 1)
-            return jnp.where(last, carry[0], carry[0] + moved), jnp.where(last, carry[1], carry[1] + turned)
+            return carry[0] + moved, carry[1] + turned
 
         if self.corrector_steps:  # in a loop: the network is compiled once more, however many there are
             next_frac, next_lattice = jax.lax.cond(
-                self.sigmas[i + 1] < self.corrector_below,
+                (self.sigmas[i + 1] < self.corrector_below) & ~last,
                 lambda pair: jax.lax.fori_loop(0, self.corrector_steps, correct, pair),
                 lambda pair: pair,
                 (next_frac, next_lattice),
