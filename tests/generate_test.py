@@ -376,6 +376,17 @@ def test_too_large_a_reference_is_named(generator, tmp_path):
         generate.requests_from_files(generator, str(tmp_path / "big.cif"), 1, None)
 
 
+def test_elements_that_training_never_saw_are_told(generator, tmp_path, capsys):
+    seen = generator.description["dataset"]["elements"]
+    assert "Na" in seen and "Be" not in seen and generator.spec.table.place_of[4] >= 0
+    requests = generator.requests(4, formula="NaCl,BeO")
+    assert generator.never_seen(requests) == {"Be": 2}
+    assert generator.never_seen(generator.requests(3, elements="Be,Na")) == {"Be": 3}
+    assert not generator.never_seen(generator.requests(4, formula="NaCl"))
+    generate.run(generator, requests, generator.settings(), {}, seed=0, output_dir=tmp_path / "out")
+    assert "no training crystal has Be, which 2 of 4 samples ask for" in capsys.readouterr().err
+
+
 def test_the_program_on_one_device_gives_what_the_api_gives_on_four(generator, trained, tmp_path):
     flags = ["--num_samples=5", "--formula=NaCl,K2O", "--seed=9", f"--condition={PROPERTY}=-2"]
     done = tiny_run.unimat("generate", f"--checkpoint={trained}", f"--output_dir={tmp_path / 'out'}", *flags)

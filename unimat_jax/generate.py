@@ -256,6 +256,12 @@ def run(
         for _ in generator.sample(requests, settings, condition, seed=seed, start=number_of_first(0)):
             pass
         return Counter()
+    for symbol, number in generator.never_seen(requests).items():
+        print(
+            f"warning: no training crystal has {symbol}, which {number} of {len(requests)} samples ask for: "
+            "the model has a place for it and knows nothing of it",
+            file=sys.stderr,
+        )
     output = Output(output_dir, json.loads(json.dumps(config)), resume=resume, overwrite=overwrite)
     done = number_of_first(len(output.rows))
     with tqdm(total=len(requests), initial=done, desc="generating", unit="crystal", file=sys.stderr) as bar:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -157,6 +158,13 @@ class Generator:
             raise UserError(f"--condition={unknown[0]}=...: the checkpoint knows {names or 'no properties'}")
         values = [(condition.get(p["name"], p["mean"]) - p["mean"]) / p["std"] for p in self.condition_schema]
         return np.array(values, np.float32), np.array([name in condition for name in names], np.float32)
+
+    def never_seen(self, requests: Sequence[Request]) -> Counter[str]:
+        """Elements that requests name and no training crystal has, though the table has a place for them: how many
+        requests name each. Empty for runs that did not record their training set's elements."""
+        seen = self.description["dataset"].get("elements") or dict.fromkeys(SYMBOLS, 1)
+        named = Counter(SYMBOLS[z] for request in requests for z in {*request.counts, *request.elements})
+        return Counter({symbol: number for symbol, number in named.items() if not seen.get(symbol)})
 
     def generate(
         self, num_samples: int, *, condition: Mapping[str, float] | None = None, seed: int = 0, **options: Any
