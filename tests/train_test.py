@@ -14,6 +14,7 @@ from data_prep.prepare import prepare
 from unimat_jax import data, train
 from unimat_jax.checkpoint import available_steps, read_run
 from unimat_jax.errors import UserError
+from unimat_jax.run_directory import only_run
 
 # loss and gradient norm of the first steps
 GOLDEN = [(1.77037, 0.62335), (2.43748, 1.05933), (2.39791, 1.37678)]
@@ -41,6 +42,15 @@ def assert_same_checkpoint(a: Path, b: Path, step: int) -> None:
     different = [name for name in ours if not np.array_equal(ours[name], theirs[name])]
     assert not different, f"{len(different)} of {len(ours)} arrays differ, first {different[0]}"
     assert dataset_state(a, step) == dataset_state(b, step)
+
+
+def test_two_programs_do_not_train_in_one_workdir(tiny_data, trained, tmp_path):
+    workdir = shutil.copytree(trained, tmp_path / "run")
+    with only_run(workdir):
+        told = tiny_run.unimat("train", f"--config={tiny_run.config_file(tmp_path / 'c.py', tiny_data)}",
+                               f"--workdir={workdir}")  # fmt: skip
+        assert told.returncode == 2 and "another program trains there" in told.stderr, told.stderr
+    assert train.train(tiny_run.config(tiny_data), workdir) == train.train(tiny_run.config(tiny_data), workdir)
 
 
 def test_golden_metrics(trained):

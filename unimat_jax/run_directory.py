@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,33 @@ FREE_ON_RESUME = (
     "data.data_dir", "data.num_threads", "data.prefetch", "data.prepare", "sample",
     "optimizer.learning_rate", "optimizer.schedule", "optimizer.final_factor",
 )  # fmt: skip
+
+
+@contextlib.contextmanager
+def only_run(workdir: Path) -> Iterator[None]:
+    """While this lasts, no other program trains in `workdir`, which exists: each would delete the other's checkpoints.
+    The lock goes with its program, however that ends. There is none on Windows and some network drives.
+
+    Raises UserError where another program has it."""
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    directory = os.open(workdir, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"--workdir={workdir}: another program trains there at this moment; wait for its end, stop it, or name "
+                "another"
+            ) from error
+        except OSError:  # this file system has no locks
+            pass
+        yield
+    finally:
+        os.close(directory)
 
 
 def check_same_run(workdir: Path, config: Any) -> None:

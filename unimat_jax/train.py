@@ -22,7 +22,7 @@ from unimat_jax.checkpoint import CONFIG, FOLDER, MODEL, MODEL_FORMAT, Checkpoin
 from unimat_jax.errors import UserError
 from unimat_jax.metric_writer import MetricWriter, Progress, append_lines
 from unimat_jax.rollback import LossWatch, Rollbacks
-from unimat_jax.run_directory import check_same_data, check_same_run, last_metrics, plain
+from unimat_jax.run_directory import check_same_data, check_same_run, last_metrics, only_run, plain
 from unimat_jax.sample_check import sample_check
 from unimat_jax.train_step import eval_metrics
 
@@ -47,8 +47,8 @@ class StopRequest:
 
 def train(config: Any, workdir: str | Path) -> dict[str, float]:
     """Trains to config.train.num_steps, from the latest checkpoint in `workdir` if there is one; the last metrics."""
-    with StopRequest() as stop:
-        training = _Training(config, Path(workdir))
+    with StopRequest() as stop, contextlib.ExitStack() as until_the_end:
+        training = _Training(config, Path(workdir), until_the_end)
         if training.step >= config.train.num_steps:
             if training.first:
                 print(f"{workdir} is done: step {training.step} of {config.train.num_steps}", file=sys.stderr)
@@ -69,7 +69,7 @@ class _Step:
 class _Training:
     """A run from its set-up to its end. `step` counts the finished updates of `state`."""
 
-    def __init__(self, config: Any, workdir: Path):
+    def __init__(self, config: Any, workdir: Path, until_the_end: contextlib.ExitStack):
         """Raises UserError for what cannot be, before anything is written."""
         self.config, self.workdir = config, workdir
         self.mesh = sharding.make_mesh(config.train.fsdp)
@@ -102,6 +102,8 @@ class _Training:
         check_same_run(workdir, config)
         check_same_data(workdir, description)
         workdir.mkdir(parents=True, exist_ok=True)
+        if self.first:
+            until_the_end.enter_context(only_run(workdir))
         self.checkpoints = Checkpoints(workdir, config.train.keep_checkpoints)
         self.rollbacks = Rollbacks(workdir, config.train.max_rollbacks, self.first)
         self.loss_watch = LossWatch(config.train.max_loss_ratio)
