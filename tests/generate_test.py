@@ -20,6 +20,7 @@ from unimat_jax.crystal import Crystal
 from unimat_jax.errors import UserError
 from unimat_jax.generate import CIF_ZIP, CONFIG, EXTXYZ, MANIFEST
 from unimat_jax.periodic_table import SYMBOLS
+from unimat_jax.requests import file_requests
 from unimat_jax.structure_files import read_structures
 
 ALKALI, ANIONS = ("Li", "Na", "K", "Rb", "Cs"), ("F", "Cl", "Br", "I", "O", "S")
@@ -344,19 +345,19 @@ def test_a_condition_that_is_no_number(text):
 
 def test_compositions_from_files(generator, tmp_path, capsys):
     structures = [c for c in read_structures(tiny_structures(tmp_path)) if isinstance(c, Crystal)]
-    requests = generate.requests_from_files(generator, str(tmp_path / "references"), 2, None)
+    requests = file_requests(str(tmp_path / "references"), 2, None, generator.spec)
     assert len(requests) == 2 * len(structures) == 6
     assert "skipped" in capsys.readouterr().err  # the broken file
     for request, crystal in zip(requests[::2], structures, strict=True):
         assert request.reference_uid == crystal.uid
         assert {SYMBOLS[z]: n for z, n in request.counts.items()} == symbols(crystal)
-    assert len(generate.requests_from_files(generator, str(tmp_path / "references"), 2, 3)) == 3
+    assert len(file_requests(str(tmp_path / "references"), 2, 3, generator.spec)) == 3
     run(generator, tmp_path / "out", requests)
     assert [row["reference_uid"] for row in rows(tmp_path / "out")] == [r.reference_uid for r in requests]
-    with pytest.raises(UserError, match=r"--compositions_from=.*no structure could be read"):
+    with pytest.raises(UserError, match=r"--compositions_from=.*empty: no structure .* of 1 left out: bad: "):
         (tmp_path / "empty").mkdir()
         (tmp_path / "empty" / "bad.cif").write_text("nothing")
-        generate.requests_from_files(generator, str(tmp_path / "empty"), 1, None)
+        file_requests(str(tmp_path / "empty"), 1, None, generator.spec)
 
 
 def tiny_structures(folder):
@@ -369,11 +370,20 @@ def tiny_structures(folder):
     return references
 
 
-def test_too_large_a_reference_is_named(generator, tmp_path):
+def test_references_that_do_not_fit_are_named_and_left_out(generator, tmp_path, capsys):
+    references = tiny_structures(tmp_path)
     crystal = Crystal.create([11] * 4 + [22], np.random.default_rng(0).random((5, 3)), 9 * np.eye(3), "big")
     (tmp_path / "big.cif").write_text(crystal.to_cif())
-    with pytest.raises(UserError, match=r"--compositions_from=.*big.*: Ti is outside the model's table"):
-        generate.requests_from_files(generator, str(tmp_path / "big.cif"), 1, None)
+    with pytest.raises(UserError, match=r"--compositions_from=.*big.cif: .*: Ti is outside the model's table"):
+        file_requests(str(tmp_path / "big.cif"), 1, None, generator.spec)
+    (tmp_path / "big.cif").rename(references / "big.cif")
+    many = Crystal.create([11] * 4, np.random.default_rng(0).random((4, 3)), 9 * np.eye(3), "many")
+    (references / "many.cif").write_text(many.to_cif())
+    requests = file_requests(str(references), 1, None, generator.spec)
+    assert [r.reference_uid for r in requests] == ["ref-0", "ref-1", "ref-2"]
+    told = capsys.readouterr().err
+    assert "skipped big: Ti is outside" in told and "skipped many: 4 atoms of Na, but" in told
+    assert "3 structures skipped" in told
 
 
 def test_elements_that_training_never_saw_are_told(generator, tmp_path, capsys):

@@ -28,7 +28,7 @@ from unimat_jax.errors import UserError
 from unimat_jax.evaluation.structure_statistics import describe
 from unimat_jax.evaluation.validity import Validity, check, format_summary, summary
 from unimat_jax.structure_files import GENERATED as EXTXYZ
-from unimat_jax.structure_files import MANIFEST, read_structures
+from unimat_jax.structure_files import MANIFEST
 
 if TYPE_CHECKING:
     from unimat_jax.generator import Generator, Sample, SamplerSettings
@@ -95,25 +95,6 @@ def conditions(texts: Sequence[str]) -> dict[str, float]:
         if not math.isfinite(result[name]):
             raise UserError(f"--condition={text}: write NAME=NUMBER, as in band_gap=1.5")
     return result
-
-
-def requests_from_files(generator: Generator, path: str, per_composition: int, limit: int | None) -> list[Request]:
-    """One request for each structure of crystal files, times `per_composition`; at most `limit` in all."""
-    from unimat_jax.requests import Request, check_fits
-
-    requests = []
-    for found in read_structures(path):
-        if limit is not None and len(requests) >= limit:
-            break
-        if not isinstance(found, Crystal):
-            print(f"skipped {found.uid}: {found.reason}", file=sys.stderr)
-            continue
-        counts = Counter(found.atomic_numbers.tolist())
-        check_fits(counts, generator.spec, f"--compositions_from={path}: {found.uid}")
-        requests += [Request("formula", found.formula, counts, reference_uid=found.uid)] * per_composition
-    if not requests:
-        raise UserError(f"--compositions_from={path}: no structure could be read")
-    return requests[:limit]
 
 
 def row_of(sample: Sample, seed: int, condition: Mapping[str, float]) -> tuple[dict[str, Any], Validity]:
@@ -302,6 +283,7 @@ def _program(argv: Sequence[str]) -> int:
         raise UserError(f"--samples_per_composition={arguments.samples_per_composition}: give a number above 0")
 
     from unimat_jax.generator import Generator, SamplerSettings
+    from unimat_jax.requests import file_requests
 
     generator = Generator(arguments.checkpoint, step=arguments.step, ema=not arguments.raw_params)
     names = [field.name for field in dataclasses.fields(SamplerSettings)]
@@ -312,7 +294,7 @@ def _program(argv: Sequence[str]) -> int:
         if given:
             raise UserError(f"--compositions_from and --{given[0]} together: give one of them")
         path, per_composition = arguments.compositions_from, arguments.samples_per_composition
-        requests = requests_from_files(generator, path, per_composition, arguments.num_samples)
+        requests = file_requests(path, per_composition, arguments.num_samples, generator.spec)
     else:
         if arguments.samples_per_composition != 1:
             raise UserError("--samples_per_composition goes with --compositions_from; --num_samples is the total else")

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+import itertools
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,8 @@ from unimat_jax.train_step import COMPOSITION
 
 SORTED_BATCHES = 8
 """Batches that are sorted by size together, and told together."""
+AHEAD = 2
+"""Batches that the devices work at while the host decodes, checks and writes what is done."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +76,16 @@ class SamplerSettings:
             raise UserError(f"num_steps = {self.num_steps}, batch_size = {self.batch_size}: both must be above 0")
         if self.time_power <= 0:
             raise UserError(f"time_power = {self.time_power}: give a number above 0")
+
+
+def _ahead(items: Iterable[Any]) -> Iterator[Any]:
+    """The same items, AHEAD of them made before the first is handed out."""
+    waiting: deque[Any] = deque()
+    for item in items:
+        waiting.append(item)
+        if len(waiting) > AHEAD:
+            yield waiting.popleft()
+    yield from waiting
 
 
 class Generator:
@@ -195,9 +208,11 @@ class Generator:
         size = min(settings.batch_size, len(requests))
         size += -size % self._mesh.size
         properties = self.properties(condition)
-        run = functools.partial(self._sampled, self._sampler(settings, size), properties, seed)
+        run = functools.partial(self._begun, self._sampler(settings, size), properties, seed)
         window = size * (SORTED_BATCHES if self._objective.padded else 1)
-        for first in range(start - start % window, len(requests), window):
+
+        def begun(first: int) -> Iterator[tuple[Callable[[], list[Sample]], bool]]:
+            """The batches of the window from sample `first` on, each as it is begun, and whether it is the last."""
             last = min(first + window, len(requests))
             indices = np.arange(first, last + (first - last) % size, dtype=np.int32)
             asked = [requests[min(i, len(requests) - 1)] for i in indices.tolist()]
@@ -208,24 +223,32 @@ class Generator:
             order = list(range(len(asked)))
             if self._objective.padded:
                 order.sort(key=lambda i: sum(asked[i].counts.values()))
-            found: dict[int, Sample] = {}
             for part in parts:
                 chosen = order[part]
-                samples = run([asked[i] for i in chosen], indices[np.array(chosen)])
-                found |= {sample.index: sample for sample in samples if start <= sample.index < last}
-            for i in range(first, last, size):
-                if batch := [found[j] for j in range(max(i, start), min(i + size, last))]:
-                    yield batch
+                yield run([asked[i] for i in chosen], indices[np.array(chosen)]), part is parts[-1]
 
-    def _sampled(
+        found: dict[int, Sample] = {}
+        windows = range(start - start % window, len(requests), window)
+        for samples, ends in _ahead(batch for first in windows for batch in begun(first)):
+            found |= {sample.index: sample for sample in samples() if start <= sample.index < len(requests)}
+            if ends:
+                for _, batch in itertools.groupby(sorted(found), lambda index: index // size):
+                    yield [found[index] for index in batch]
+                found = {}
+
+    def _begun(
         self, run: Any, properties: Any, seed: int, requests: Sequence[Request], indices: np.ndarray
-    ) -> list[Sample]:
-        """One batch. properties: values and flags."""
+    ) -> Callable[[], list[Sample]]:
+        """One batch, which the devices work at; its samples when called. properties: values and flags."""
         arrays = self._objective.conditions(requests, *properties) | {"indices": indices}
         placed = sharding.whole_to_devices(arrays, sharding.batch_sharding(self._mesh))
-        key = jax.random.fold_in(jax.random.key(seed), 1)
-        x, lattice = (sharding.to_host(a) for a in run(self.params, key, placed))
-        return [self._sample_of(int(i), requests[n], x[n], lattice[n]) for n, i in enumerate(indices)]
+        there = run(self.params, jax.random.fold_in(jax.random.key(seed), 1), placed)
+
+        def samples() -> list[Sample]:
+            x, lattice = (sharding.to_host(a) for a in there)
+            return [self._sample_of(int(i), requests[n], x[n], lattice[n]) for n, i in enumerate(indices)]
+
+        return samples
 
     def _composed(self, requests: list[Request], indices: np.ndarray, properties: Any, seed: int) -> list[Request]:
         """The requests with exact counts, where the checkpoint has a model of compositions."""

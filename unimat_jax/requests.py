@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from unimat_jax.crystal import Crystal
 from unimat_jax.errors import UserError
 from unimat_jax.periodic_table import SYMBOLS, atomic_number
 from unimat_jax.representation import UniMatSpec
+from unimat_jax.structure_files import read_structures
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,6 +122,33 @@ def element_requests(
     elements = parse_elements(text, kind)
     check_fits(dict.fromkeys(elements, 1), spec, text)
     return [Request(kind, text, elements=elements, num_atoms=num_atoms)] * num_samples
+
+
+def file_requests(path: str, per_composition: int, limit: int | None, spec: UniMatSpec) -> list[Request]:
+    """One request for each structure of crystal files, times `per_composition`; at most `limit` in all. What cannot be
+    read, and what the model cannot hold, is told and left out. Raises UserError where nothing is left."""
+    requests, skipped = [], []
+    for found in read_structures(path):
+        if limit is not None and len(requests) >= limit:
+            break
+        if not isinstance(found, Crystal):
+            skipped.append(f"{found.uid}: {found.reason}")
+            continue
+        counts = Counter(found.atomic_numbers.tolist())
+        try:
+            check_fits(counts, spec, found.uid)
+        except UserError as error:
+            skipped.append(str(error))
+            continue
+        requests += [Request("formula", found.formula, counts, reference_uid=found.uid)] * per_composition
+    if not requests:
+        first = f"; the first of {len(skipped)} left out: {skipped[0]}" if skipped else ""
+        raise UserError(f"--compositions_from={path}: no structure that the model could make{first}")
+    for reason in skipped:
+        print(f"skipped {reason}", file=sys.stderr)
+    if skipped:
+        print(f"--compositions_from={path}: {len(skipped)} structures skipped", file=sys.stderr)
+    return requests[:limit]
 
 
 def check_fits(counts: Mapping[int, int], spec: UniMatSpec, label: str) -> None:
