@@ -72,6 +72,28 @@ def test_exit_codes(capsys):
     assert capsys.readouterr().err == "stopped\n"
 
 
+@pytest.mark.parametrize("lines", [1, 100_000])
+def test_output_that_nobody_reads_ends_without_a_word(lines):
+    program = "from unimat_jax.cli import run_program as r\nimport sys\nsys.stdin.read()\n"
+    program += f"sys.exit(r(lambda argv: [print(i) for i in range({lines})] and None, []))"
+    command = [sys.executable, "-c", program]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as child:
+        assert child.stdin and child.stdout and child.stderr
+        child.stdout.close()
+        child.stdin.close()
+        assert child.stderr.read() == b""
+    assert child.returncode == 141
+
+
+def test_another_broken_pipe_is_no_such_end():
+    program = (
+        "from unimat_jax.cli import run_program\n\ndef program(argv):\n    raise BrokenPipeError('of a worker')\n\n"
+        "run_program(program, [])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "BrokenPipeError: of a worker" in done.stderr
+
+
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_is_a_program_with_help(verb):
     assert callable(importlib.import_module(VERBS[verb][0]).main)

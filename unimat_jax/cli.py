@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
+import select
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 from unimat_jax.errors import UserError
 
@@ -47,15 +49,33 @@ class Parser(argparse.ArgumentParser):
 
 
 def run_program(program: Callable[[Sequence[str]], int | None], argv: Sequence[str]) -> int:
-    """Runs program(argv) and returns its exit code: 2 with one line on standard error for what the user can fix."""
+    """Runs program(argv) and returns its exit code: 2 with one line on standard error for what the user can fix, 141
+    and none where nobody reads standard output any more, as behind `| head`."""
     try:
-        return program(argv) or 0
+        code = program(argv) or 0
+        sys.stdout.flush()
+        return code
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        if not _nobody_reads(sys.stdout):
+            raise  # some other pipe
+        # What is left is dropped: Python would try to write it at its end, and complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def _nobody_reads(stream: TextIO) -> bool:
+    """Whether `stream` is a pipe whose other end is closed."""
+    if not hasattr(select, "poll"):  # Windows
+        return False
+    ends = select.poll()
+    ends.register(stream, 0)  # errors are told without being asked for
+    return any(event & select.POLLERR for _, event in ends.poll(0))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
