@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from unimat_jax import __version__
+from unimat_jax import __version__, cli
 from unimat_jax.cli import VERBS, main, run_program
 from unimat_jax.crystal import CrystalError
 from unimat_jax.errors import UserError
@@ -123,3 +123,17 @@ def test_every_verb_refuses_an_unknown_flag_in_one_line(verb, tmp_path):
     assert done.returncode == 2
     assert "no_such_flag" in done.stderr and len(done.stderr.splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_what_trains_keeps_memory(verb, monkeypatch):
+    class Restarted(Exception):
+        pass
+
+    def restart():
+        raise Restarted
+
+    monkeypatch.setattr(cli, "restart_with_kept_memory", restart)
+    monkeypatch.setattr(sys, "argv", ["unimat", verb, "--help"])
+    with pytest.raises(Restarted if verb in ("train", "quickstart") else SystemExit):
+        sys.exit(main())

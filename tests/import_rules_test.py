@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[1]
 
 ORDER = [
     "unimat_jax.errors",
+    "unimat_jax.allocator",
     "unimat_jax.cli",  # names its programs as strings: it may stand above them, and they use its run_program
     "unimat_jax.periodic_table",
     "unimat_jax.crystal",
@@ -75,7 +76,13 @@ ORDER = [
 
 NO_JAX_UP_TO = "data_prep"
 """Everything down to this one works where jax is not even installed."""
-BELONGS_TO_EVALUATION = {"unimat_jax.errors", "unimat_jax.cli", "unimat_jax.periodic_table", "unimat_jax.crystal"}
+BELONGS_TO_EVALUATION = {
+    "unimat_jax.errors",
+    "unimat_jax.allocator",
+    "unimat_jax.cli",
+    "unimat_jax.periodic_table",
+    "unimat_jax.crystal",
+}
 BELONGS_TO_EVALUATION |= {"unimat_jax.structure_files", "unimat_jax.evaluation", "unimat_jax"}
 """Evaluation scores anybody's structures: it knows crystals and files, and nothing of UniMat tensors."""
 

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, TextIO
 
+from unimat_jax.allocator import restart_with_kept_memory
 from unimat_jax.errors import UserError
 
 VERBS = {
@@ -80,6 +81,8 @@ def _nobody_reads(stream: TextIO) -> bool:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `unimat VERB ...`."""
+    if argv is None and sys.argv[1:2] in (["train"], ["quickstart"]):
+        restart_with_kept_memory()
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv[:1] == ["--version"]:
         from unimat_jax import __version__

@@ -18,6 +18,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from unimat_jax import distributed
+from unimat_jax.allocator import restart_with_kept_memory
 from unimat_jax.cli import run_program
 from unimat_jax.errors import UserError
 
@@ -115,4 +116,5 @@ def _program(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
+    restart_with_kept_memory()
     sys.exit(run_program(main, sys.argv[1:]))

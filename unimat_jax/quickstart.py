@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from unimat_jax.allocator import restart_with_kept_memory
 from unimat_jax.cli import Parser, run_program
 
 CONFIG = "quickstart"
@@ -64,4 +65,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    restart_with_kept_memory()
     sys.exit(run_program(main, sys.argv[1:]))
