@@ -126,7 +126,7 @@ def test_every_verb_refuses_an_unknown_flag_in_one_line(verb, tmp_path):
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_what_trains_keeps_memory(verb, monkeypatch):
+def test_training_keeps_memory(verb, monkeypatch):
     class Restarted(Exception):
         pass
 
@@ -135,5 +135,5 @@ def test_what_trains_keeps_memory(verb, monkeypatch):
 
     monkeypatch.setattr(cli, "restart_with_kept_memory", restart)
     monkeypatch.setattr(sys, "argv", ["unimat", verb, "--help"])
-    with pytest.raises(Restarted if verb in ("train", "quickstart") else SystemExit):
+    with pytest.raises(Restarted if verb == "train" else SystemExit):
         sys.exit(main())

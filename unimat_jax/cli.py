@@ -81,7 +81,7 @@ def _nobody_reads(stream: TextIO) -> bool:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `unimat VERB ...`."""
-    if argv is None and sys.argv[1:2] in (["train"], ["quickstart"]):
+    if argv is None and sys.argv[1:2] == ["train"]:
         restart_with_kept_memory()
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv[:1] == ["--version"]:

@@ -11,7 +11,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from unimat_jax.allocator import restart_with_kept_memory
 from unimat_jax.cli import Parser, run_program
 
 CONFIG = "quickstart"
@@ -65,5 +64,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    restart_with_kept_memory()
     sys.exit(run_program(main, sys.argv[1:]))
