@@ -1,10 +1,7 @@
 """The model of compositions alone: minutes of training on a data set, and what 10,000 compositions drawn of it are.
 
-    python -m benchmarks.compositions --config=perov_5_slots --data_dir=data --num_steps=3000 --output=compositions.json
-    python -m benchmarks.compositions ... --checkpoint=runs/perov_5_slots --output_dir=perov_5_de_novo
-
-With --checkpoint, a run of the same data whose network places the atoms, an exported model with both is written, from
-which `unimat generate` makes crystals without being told a composition.
+python -m benchmarks.compositions --config=perov_5_slots --data_dir=data --num_steps=3000 --output=compositions.json
+python -m benchmarks.compositions --config=perov_5_slots --data_dir=data --checkpoint=perov_5 --min_p 0 0.01
 """
 
 from __future__ import annotations
@@ -14,7 +11,7 @@ import json
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +20,13 @@ import numpy as np
 from scipy.stats import wasserstein_distance
 
 from benchmarks.fingerprints import commit, machine
-from unimat_jax import assembly, data, sharding, weights
-from unimat_jax.checkpoint import MODEL, hash_of, read_json, write_json
+from unimat_jax import assembly, data, sharding
 from unimat_jax.cli import Parser, run_program
 from unimat_jax.composition_model import CompositionModel
 from unimat_jax.errors import UserError
 from unimat_jax.evaluation.composition import composition_reason
-from unimat_jax.export import CARD, export
+from unimat_jax.generator import Generator
 from unimat_jax.main import config_path, load_config
-from unimat_jax.model_card import model_card
 from unimat_jax.representation import UniMatSpec
 from unimat_jax.requests import Request, count_table, counts_of_table
 from unimat_jax.train_state import apply_gradients, create_state, make_optimizer, make_schedule
@@ -39,10 +34,11 @@ from unimat_jax.train_step import COMPOSITION
 
 DRAWN_AT_A_TIME = 1000
 """Compositions."""
+NONMETALS = frozenset((1, 6, 7, 8, 9, 15, 16, 17, 34, 35, 53))
 
 
 def train(model: CompositionModel, config: Any, batches: data.BatchMaker, num_steps: int) -> tuple[Any, float]:
-    """(averaged and raw parameters, seconds)."""
+    """(averaged parameters, seconds)."""
     o = config.optimizer
     schedule = make_schedule(
         num_steps=num_steps, learning_rate=o.learning_rate, schedule=o.schedule, warmup_steps=o.warmup_steps,
@@ -63,8 +59,7 @@ def train(model: CompositionModel, config: Any, batches: data.BatchMaker, num_st
     for i in range(num_steps):
         state = step(state, batches(i)["slot"])
     jax.block_until_ready(state)
-    seconds = time.monotonic() - begin
-    return {"ema": state.ema_params, "raw": state.params}, seconds
+    return state.ema_params, time.monotonic() - begin
 
 
 def log_likelihoods(model: CompositionModel, params: Any, tables: np.ndarray) -> np.ndarray:
@@ -98,9 +93,11 @@ def log_likelihoods(model: CompositionModel, params: Any, tables: np.ndarray) ->
     return result
 
 
-def draw(model: CompositionModel, params: Any, number: int, seed: int) -> tuple[list[dict[int, int]], float]:
+def draw(
+    model: CompositionModel, params: Any, number: int, seed: int, min_p: float
+) -> tuple[list[dict[int, int]], float]:
     """(compositions by atomic number, seconds without compilation)."""
-    program = assembly.composition_program(model, sharding.make_mesh(), proposals=1)
+    program = assembly.composition_program(model, sharding.make_mesh(), proposals=1, min_p=min_p)
     conditions = model.conditions([Request("none")] * DRAWN_AT_A_TIME)
 
     def part(first: int) -> np.ndarray:
@@ -125,105 +122,87 @@ def tables_of(compositions: list[dict[int, int]], spec: UniMatSpec) -> np.ndarra
 
 
 def measure(drawn: list, train_set: list, validation: list) -> dict[str, Any]:
-    """Shares of the drawn compositions, each draw counted."""
+    """Shares of the drawn compositions, each draw counted. Unseen nonmetals: no training crystal has the same nonmetal
+    atoms, as many of each."""
 
     def keys(compositions: list[dict[int, int]]) -> list[tuple]:
         return [tuple(sorted(c.items())) for c in compositions]
 
+    def nonmetals(key: tuple) -> tuple:
+        return tuple(item for item in key if item[0] in NONMETALS)
+
+    def distance(of: Callable[[dict[int, int]], int]) -> float:
+        return float(wasserstein_distance([of(c) for c in drawn], [of(c) for c in validation]))
+
     ours, seen, held_out = keys(drawn), set(keys(train_set)), set(keys(validation))
-
-    def smact(compositions: list[dict[int, int]]) -> float:
-        return float(np.mean([not composition_reason(c.items()) for c in compositions]))
-
-    def distances(compositions: list[dict[int, int]]) -> dict[str, float]:
-        numbers = {"num_elements": len, "num_atoms": lambda c: sum(c.values())}
-        return {
-            name: wasserstein_distance([of(c) for c in compositions], [of(c) for c in validation])
-            for name, of in numbers.items()
-        }
-
+    together, anions = seen | held_out, {nonmetals(key) for key in seen}
     return {
-        "comp_valid": smact(drawn),
+        "comp_valid": float(np.mean([not composition_reason(c.items()) for c in drawn])),
         "unique": len(set(ours)) / len(ours),
         "novel_to_train": float(np.mean([key not in seen for key in ours])),
-        "novel_to_train_and_validation": float(np.mean([key not in seen | held_out for key in ours])),
+        "novel_to_train_and_validation": float(np.mean([key not in together for key in ours])),
         "in_validation": float(np.mean([key in held_out for key in ours])),
-        "wasserstein_to_validation": distances(drawn),
-        "training_split": {
-            "comp_valid": smact(train_set),
-            "in_validation": float(np.mean([key in held_out for key in keys(train_set)])),
-            "wasserstein_to_validation": distances(train_set),
-        },
-        "validation_split": {"comp_valid": smact(validation)},
+        "unseen_nonmetals": float(np.mean([nonmetals(key) not in anions for key in ours])),
+        "num_elements": len({element for c in drawn for element in c}),
+        "wasserstein_to_validation": {"num_elements": distance(len), "num_atoms": distance(lambda c: sum(c.values()))},
     }
-
-
-def write_model(checkpoint: str, parts: dict[str, Any], settings: dict[str, Any], output_dir: str) -> Path:
-    """An exported model: a run's network, and beside it the model of compositions."""
-    from unimat_jax.generator import Generator
-
-    if Generator(checkpoint).description.get(COMPOSITION, {}).get("width"):
-        raise UserError(f"--checkpoint={checkpoint} has a model of compositions already")
-    folder = export(checkpoint, output_dir)
-    description = read_json(folder / MODEL)
-    for kind in description["export"]["parameters_hash"]:
-        generator = Generator(checkpoint, ema=kind == "ema")
-        params = {**generator.params, COMPOSITION: parts[kind]}
-        description["export"]["parameters_hash"][kind] = hash_of(params)
-        description["num_params"] = sum(leaf.size for leaf in jax.tree.leaves(params))
-        weights.write(folder / weights.FILES[kind], params, {"parameters": kind, "parameters_hash": hash_of(params)})
-    description[COMPOSITION] = settings
-    write_json(folder / MODEL, description)
-    spec = UniMatSpec.from_json(description["spec"])
-    (folder / CARD).write_text(model_card(read_json(folder / "config.json"), description, spec))
-    return folder
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     p = Parser(prog="python -m benchmarks.compositions", description=__doc__)
     p.add_argument("--config", default="perov_5_slots")
     p.add_argument("--data_dir", default="data")
+    p.add_argument("--checkpoint", help="whose model is measured; none is trained then")
     p.add_argument("--num_steps", type=int, default=3000)
     p.add_argument("--num_samples", type=int, default=10_000)
+    p.add_argument("--min_p", type=float, nargs="+", default=[0.0], help="drawn with each (config.sample)")
     p.add_argument("--seed", type=int, default=0, help="of the draws; that of training is the config's")
     p.add_argument("--width", type=int, default=64)
     p.add_argument("--depth", type=int, default=2)
     p.add_argument("--dropout_rate", type=float, default=0.1)
-    p.add_argument("--checkpoint", help="a run of slots on the same data")
-    p.add_argument("--output_dir", help="with --checkpoint: where the model with both goes")
     p.add_argument("--output", help="JSON of what was measured")
     a = p.parse(sys.argv[1:] if argv is None else argv)
     config, _, _ = load_config([f"--config={config_path(a.config)}", "--workdir=unused"])
-    settings = {"width": a.width, "depth": a.depth, "dropout_rate": a.dropout_rate}
     directory = data.dataset_directory(config.data.dataset, a.data_dir)
-    spec = data.make_spec(
-        data.read_statistics(directory), max_atoms_per_element=config.data.max_atoms_per_element or None,
-        table=config.data.table, lattice_form=config.data.lattice_form,
-    )  # fmt: skip
-    model = assembly.create_composition(settings, spec)
-    if model is None:
-        raise UserError(f"--width={a.width}: give a whole number above 0")
     source, held_out = (data.RecordSource(directory, split) for split in ("train", "validation"))
-    size = config.train.batch_size
-    none: dict[str, Any] = dict.fromkeys(("shuffle_atoms", "random_shift", "random_axes"), False)
-    maker = data.BatchMaker(source, spec, batch_size=size, seed=config.train.seed, augmentation=none)
-    params, seconds = train(model, config, maker, a.num_steps)
-    drawn, draw_seconds = draw(model, params["ema"], a.num_samples, a.seed)
+    if a.checkpoint:
+        generator = Generator(a.checkpoint)
+        spec, model, settings = generator.spec, generator.composition, {"checkpoint": a.checkpoint}
+        if model is None:
+            raise UserError(f"--checkpoint={a.checkpoint}: it has no model of compositions")
+        params, trained = generator.params[COMPOSITION], {"step": generator.step}
+    else:
+        settings = {"width": a.width, "depth": a.depth, "dropout_rate": a.dropout_rate}
+        spec = data.make_spec(
+            data.read_statistics(directory), max_atoms_per_element=config.data.max_atoms_per_element or None,
+            table=config.data.table, lattice_form=config.data.lattice_form,
+        )  # fmt: skip
+        model = assembly.create_composition(settings, spec)
+        if model is None:
+            raise UserError(f"--width={a.width}: give a whole number above 0")
+        size = config.train.batch_size
+        none: dict[str, Any] = dict.fromkeys(("shuffle_atoms", "random_shift", "random_axes"), False)
+        maker = data.BatchMaker(source, spec, batch_size=size, seed=config.train.seed, augmentation=none)
+        params, seconds = train(model, config, maker, a.num_steps)
+        trained = {"num_steps": a.num_steps, "batch_size": size, "train_seconds": seconds}
     splits = [compositions_of(split, spec) for split in (source, held_out)]
-    losses = [-log_likelihoods(model, params["ema"], tables_of(split, spec)).mean() for split in splits]
+    losses = [-log_likelihoods(model, params, tables_of(split, spec)).mean() for split in splits]
+    draws = []
+    for min_p in a.min_p:
+        drawn, draw_seconds = draw(model, params, a.num_samples, a.seed, min_p)
+        draws.append({"min_p": min_p, "seconds": draw_seconds, **measure(drawn, *splits)})
     result = {
-        "config": a.config, "composition": settings, "num_steps": a.num_steps, "batch_size": size,
-        "num_params": sum(leaf.size for leaf in jax.tree.leaves(params["ema"])), "train_seconds": seconds,
-        "nats": dict(zip(("train", "validation"), losses, strict=True)), "num_samples": len(drawn), "seed": a.seed,
-        "draw_seconds": draw_seconds, **measure(drawn, *splits),
+        "config": a.config, "composition": settings, **trained,
+        "num_params": sum(leaf.size for leaf in jax.tree.leaves(params)),
+        "nats": dict(zip(("train", "validation"), losses, strict=True)),
+        "num_samples": a.num_samples, "seed": a.seed, "draws": draws,
+        "training_split": measure(splits[0], *splits), "validation_split": measure(splits[1], *splits),
         "machine": machine(), "commit": commit(),
     }  # fmt: skip
     print(json.dumps(result, indent=1))
     if a.output:
         Path(a.output).parent.mkdir(parents=True, exist_ok=True)
         Path(a.output).write_text(json.dumps(result, indent=1) + "\n")
-    if a.checkpoint:
-        print(write_model(a.checkpoint, params, settings, a.output_dir or "de_novo_model"))
     return 0
 
 

@@ -38,4 +38,5 @@ def get_config():
     config.sample.corrector_steps = 3
     config.sample.time_power = 0.5  # which atom sits where is settled at noise of 0.1 to 0.3 of the cell
     config.sample.batch_size = 256
+    config.sample.composition_min_p = 0.01  # else 25 in 10,000 compositions are no perovskites', by their nonmetals
     return config

@@ -86,7 +86,13 @@ def wild():
     return model, jax.tree.map(lambda s: jnp.asarray(rng.normal(size=s.shape) * 0.3, s.dtype), shapes)
 
 
-def probabilities(model, params):
+def likely(probabilities, min_p):
+    """[B, N] without what is less than min_p of a row's largest."""
+    kept = np.where(probabilities < min_p * probabilities.max(1, keepdims=True), 0, probabilities)
+    return kept / kept.sum(1, keepdims=True)
+
+
+def probabilities(model, params, min_p=0.0):
     """{composition: probability} of all that can be, through every order of their elements."""
     sizes = np.exp(model.size_logits(params))[0]
     elements = np.flatnonzero(SPEC.table.atomic_numbers.ravel())
@@ -95,7 +101,7 @@ def probabilities(model, params):
     found = {}
     for number in range(1, SPEC.max_atoms + 1):
         chosen = np.array([[p in s for p in range(PLACES)] for s in subsets])
-        steps = np.exp(next_of(params, chosen, jnp.full(len(subsets), number)))
+        steps = likely(np.exp(next_of(params, chosen, jnp.full(len(subsets), number))), min_p)
         reached = {(): 1.0}
         for s in subsets[1:]:
             before = [(tuple(q for q in s if q != p), p) for p in s]
@@ -108,7 +114,7 @@ def probabilities(model, params):
                     for p, n in zip(s, counts, strict=True):
                         one = jnp.asarray(np.isin(np.arange(PLACES), s)[None])
                         logits = count_of(params, one, jnp.asarray(table), jnp.array([number]), jnp.array([p]))
-                        probability *= math.exp(logits[0, n - 1])
+                        probability *= likely(np.exp(logits), min_p)[0, n - 1]
                         table[0, p] = n
                     found[formula_of(table[0])] = probability
     return found
@@ -152,6 +158,26 @@ def test_it_learns_a_distribution():
     names = {formula_of(table_of(f)): share for f, share in DATA.items()}
     assert distance(samples, names) < 0.05
     assert distance(samples, probabilities(model, params)) < 0.04
+
+
+def test_what_is_too_unlikely_is_never_drawn():
+    model, params = wild()
+    run = jax.jit(lambda params, key, arrays: model.sample(params, key, arrays, proposals=1, min_p=0.6))
+    exact, cut = probabilities(model, params), probabilities(model, params, min_p=0.6)
+    left = {formula for formula, probability in cut.items() if probability}
+    assert len(left) < len(exact) / 2
+    samples = drawn(model, params, Request("none"), run=run)
+    assert set(samples) <= left and distance(samples, cut) < 0.06 < 0.3 < distance(samples, exact)
+
+
+def test_the_unlikely_is_drawn_where_it_is_asked_for():
+    model, params = learned()
+    run = jax.jit(lambda params, key, arrays: model.sample(params, key, arrays, min_p=0.5))
+    rare, _ = min(probabilities(model, params).items(), key=lambda item: item[1])
+    elements, number = content(rare)
+    numbers = tuple(sorted(SYMBOLS.index(symbol) for symbol in elements))
+    asked = Request("chemical_system", "-".join(elements), elements=numbers, num_atoms=range(number, number + 1))
+    assert all(content(name) == (elements, number) for name in drawn(model, params, asked, number=20, run=run))
 
 
 def test_the_loss_is_the_negative_log_likelihood():

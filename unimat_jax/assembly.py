@@ -198,8 +198,10 @@ def check_microbatches(batch_size: int, microbatches: int, mesh: Any) -> None:
 def sampler_program(objective: Objective, mesh: Any, *, params_sharding: Any = None, **settings: Any) -> Any:
     """Jitted (params, key, arrays of `objective.conditions` and `indices`) -> (x_0 [B, L, H, W, 3], lattice_0 [B, D]),
     the batch over all devices of the mesh, the parameters on each unless they have another `params_sharding`. settings:
-    the fields of config.sample; `batch_size` is that of the arrays, and may be left out."""
-    settings.pop("batch_size", None)
+    the fields of config.sample; `batch_size` is that of the arrays, and may be left out, `composition_min_p` is
+    `composition_program`'s."""
+    for other in ("batch_size", "composition_min_p"):
+        settings.pop(other, None)
 
     def run(params, key, arrays):
         return objective.sample(params, key, arrays, **settings)

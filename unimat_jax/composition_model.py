@@ -136,7 +136,7 @@ class CompositionModel:
         and `properties` [B, 2 K] of standardised values and flags [K]. Raises UserError for numbers of atoms that
         cannot be."""
         required, allowed, sizes = [], [], []
-        everything = np.asarray(self._is_element)
+        everything = self._is_element
         for request in requests:
             asked = element_table(request, self.spec).ravel() > 0
             required.append(asked if request.kind in ("chemical_system", "contains") else np.zeros_like(asked))
@@ -162,13 +162,22 @@ class CompositionModel:
         return possible
 
     def sample(
-        self, params: Any, key: jax.Array, arrays: Mapping[str, jax.Array], *, proposals: int = PROPOSALS
+        self,
+        params: Any,
+        key: jax.Array,
+        arrays: Mapping[str, jax.Array],
+        *,
+        proposals: int = PROPOSALS,
+        min_p: float = 0.0,
     ) -> jax.Array:
         """Atoms at each place [B, H, W] int32. arrays: of `conditions`, and `indices` [B].
 
         Under conditions `proposals` sets of elements are drawn for each sample, those asked for first, the others from
         what is allowed; one is kept, with a probability proportional to how much likelier it is in the model's own
         distribution under the condition. All randomness of a sample comes from (key, its index).
+
+        min_p: elements and counts less likely than this share of the likeliest are not chosen ("min-p", Nguyen et al.
+        2024, arXiv 2407.01082): a network gives some probability to everything. 0: the model's own distribution.
         """
         required, allowed, sizes = arrays["required"], arrays["allowed"], arrays["sizes"]
         properties = self._properties(arrays.get("properties"), len(required))
@@ -182,7 +191,9 @@ class CompositionModel:
         own_keys = jax.vmap(lambda k: jax.vmap(lambda i: jax.random.fold_in(k, i))(jnp.arange(proposals)))(keys[:, 0])
         many = None if properties is None else repeated(properties)
         own_keys = own_keys.reshape(batch * proposals)
-        sets = self._draw_elements(params, own_keys, repeated(required), repeated(allowed), repeated(sizes), many)
+        sets = self._draw_elements(
+            params, own_keys, repeated(required), repeated(allowed), repeated(sizes), many, min_p
+        )
         chosen, num_atoms, weight = (a.reshape(batch, proposals, *a.shape[1:]) for a in sets)
         kept = jax.vmap(jax.random.categorical)(keys[:, 1], weight)
         # Without conditions all weights are the same, and the first is as good, and the same, as of one.
@@ -198,7 +209,7 @@ class CompositionModel:
             step, counts = carry
             open_ = chosen & (counts == 0)
             query = open_.argmax(1)
-            logits = self.count_logits(params, chosen, counts, num_atoms, query, properties)
+            logits = _likely(self.count_logits(params, chosen, counts, num_atoms, query, properties), min_p)
             count = jax.vmap(jax.random.categorical)(fold_in(keys[:, 2], step), logits) + 1
             here = open_ & (jnp.arange(open_.shape[1]) == query[:, None])
             return step + 1, jnp.where(here, count[:, None], counts)
@@ -214,6 +225,7 @@ class CompositionModel:
         allowed: jax.Array,
         sizes: jax.Array,
         properties: jax.Array | None,
+        min_p: float,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """(chosen bool [B, P], number of atoms [B], log-weight [B]): the required elements, and then what the model
         draws of the allowed ones."""
@@ -231,7 +243,7 @@ class CompositionModel:
             logits = self.element_logits(params, chosen, num_atoms, properties)
             asked = required & ~chosen
             forced = asked.any(1)
-            open_ = jnp.where(may, logits, IMPOSSIBLE)
+            open_ = _likely(jnp.where(may, logits, IMPOSSIBLE), min_p)
             drawn = jax.vmap(jax.random.categorical)(jax.vmap(jax.random.fold_in, (0, None))(element_key, step), open_)
             choice = jnp.where(forced, asked.argmax(1), drawn)
             probability = jnp.take_along_axis(logits, choice[:, None], 1)[:, 0]
@@ -250,8 +262,8 @@ class CompositionModel:
         return chosen, num_atoms, weight + gamma(k) - gamma(m) - gamma(k - m + 1)
 
     @property
-    def _is_element(self) -> jax.Array:
-        return jnp.asarray(self.spec.table.atomic_numbers.ravel() > 0)
+    def _is_element(self) -> np.ndarray:
+        return self.spec.table.atomic_numbers.ravel() > 0
 
     def _counts(self, slot: jax.Array) -> jax.Array:
         """Atoms at each place [B, P] int of flat slots [B, A]."""
@@ -280,3 +292,10 @@ class CompositionModel:
         present, known, asked = tables
         properties = self._properties(properties, len(chosen))
         return self.network.apply({"params": params}, present, known, num_atoms, asked, properties, **options)
+
+
+def _likely(logits: jax.Array, min_p: float) -> jax.Array:
+    """logits [B, N], of what is less likely than `min_p` times the likeliest IMPOSSIBLE."""
+    if not min_p:
+        return logits
+    return jnp.where(logits < logits.max(1, keepdims=True) + np.log(min_p), IMPOSSIBLE, logits)

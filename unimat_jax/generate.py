@@ -73,6 +73,11 @@ def parser() -> Parser:
     p.add_argument("--noise_below", type=float, help="slots, method mean: how little, as a share of the full noise")
     p.add_argument("--corrector_steps", type=int, help="slots: Langevin steps after each step, an evaluation each")
     p.add_argument("--corrector_below", type=float, help="slots: share of the cell below which these are taken")
+    p.add_argument(
+        "--composition_min_p",
+        type=float,
+        help="models with compositions: none less likely than this share of the likeliest choice, for each element",
+    )
     p.add_argument("--log_variance_interpolation", type=float, help="the paper's 0.1, for ancestral sampling")
     p.add_argument("--batch_size", type=int, help="samples at a time; changes speed and memory only")
     p.add_argument("--step", type=int, help="of the checkpoint; default: the latest")
@@ -246,10 +251,9 @@ def run(
     output = Output(output_dir, json.loads(json.dumps(config)), resume=resume, overwrite=overwrite)
     done = number_of_first(len(output.rows))
     with tqdm(total=len(requests), initial=done, desc="generating", unit="crystal", file=sys.stderr) as bar:
-        for batch in generator.sample(requests, settings, condition, seed=seed, start=done):
+        for batch in generator.sample(requests, settings, condition, seed=seed, start=done, arrived=bar.update):
             rows = [row_of(sample, seed, condition)[0] for sample in batch]
             output.add([sample.crystal for sample in batch if sample.crystal], rows)
-            bar.update(len(batch))
             bar.set_postfix(failed=sum("formula" not in row for row in output.rows))
     crystals = {crystal.uid: crystal for crystal in output.finish()}
     verdicts = [

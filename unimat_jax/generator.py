@@ -70,12 +70,15 @@ class SamplerSettings:
     noise_below: float = 0.0
     corrector_steps: int = 0
     corrector_below: float = 1.0
+    composition_min_p: float = 0.0
 
     def __post_init__(self):
         if self.num_steps < 1 or self.batch_size < 1:
             raise UserError(f"num_steps = {self.num_steps}, batch_size = {self.batch_size}: both must be above 0")
         if self.time_power <= 0:
             raise UserError(f"time_power = {self.time_power}: give a number above 0")
+        if not 0 <= self.composition_min_p < 1:
+            raise UserError(f"composition_min_p = {self.composition_min_p}: give a share, from 0 to below 1")
 
 
 def _ahead(items: Iterable[Any]) -> Iterator[Any]:
@@ -105,13 +108,13 @@ class Generator:
         network = assembly.create_network(model)
         self._objective = assembly.create_objective(model, self.description["diffusion"], self.spec)
         known = len(self.condition_schema)
-        self._composition = assembly.create_composition(self.description.get("composition", {}), self.spec, known)
+        self.composition = assembly.create_composition(self.description.get("composition", {}), self.spec, known)
         self._mesh = sharding.make_mesh()
         # Compiled programs are run: not from where the config of a model that somebody shared says.
         own = "export" not in self.description
         compilation_cache.enable(self.config["train"].get("compilation_cache", "auto") if own else "auto")
         arguments = assembly.init_arguments(self.spec, len(self.condition_schema), model["name"])
-        shapes = jax.eval_shape(lambda: assembly.init_params(jax.random.key(0), network, arguments, self._composition))
+        shapes = jax.eval_shape(lambda: assembly.init_params(jax.random.key(0), network, arguments, self.composition))
         everywhere = sharding.replicated(self._mesh)
         like = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=everywhere), shapes)
         self.params, self.step, self.params_hash = load_params(self.directory, like, step=step, ema=ema)
@@ -157,10 +160,10 @@ class Generator:
         for kind, text in texts.items():
             if text is not None:
                 requests = element_requests(kind, text, num_samples, self.spec, sizes)
-        if self._composition is None:  # what the model cannot be asked ends here
+        if self.composition is None:  # what the model cannot be asked ends here
             self._objective.conditions(requests[:1], *self.properties({}))
         else:
-            self._composition.conditions(requests[:1])
+            self.composition.conditions(requests[:1])
         return requests
 
     def properties(self, condition: Mapping[str, float]) -> tuple[np.ndarray, np.ndarray]:
@@ -196,12 +199,15 @@ class Generator:
         *,
         seed: int,
         start: int = 0,
+        arrived: Callable[[int], object] = lambda number: None,
     ) -> Iterator[list[Sample]]:
         """Batches of samples start, start + 1, ... of the requests. Sample i depends on seed, i and its request; to the
         last bit also on its place in its batch, so that a batch that was begun is sampled whole again. Where
         the cost follows a batch's largest crystal, SORTED_BATCHES at a time share out their requests by size.
 
         Where the checkpoint has a model of compositions, it decides first what requests without an exact one become.
+
+        arrived: told how many samples of the batches to come are made, as they are.
         """
         if start >= len(requests):
             return
@@ -218,7 +224,9 @@ class Generator:
             asked = [requests[min(i, len(requests) - 1)] for i in indices.tolist()]
             parts = [slice(i, i + size) for i in range(0, len(asked), size)]
             asked = [
-                request for part in parts for request in self._composed(asked[part], indices[part], properties, seed)
+                request
+                for part in parts
+                for request in self._composed(asked[part], indices[part], properties, seed, settings.composition_min_p)
             ]
             order = list(range(len(asked)))
             if self._objective.padded:
@@ -230,7 +238,9 @@ class Generator:
         found: dict[int, Sample] = {}
         windows = range(start - start % window, len(requests), window)
         for samples, ends in _ahead(batch for first in windows for batch in begun(first)):
-            found |= {sample.index: sample for sample in samples() if start <= sample.index < len(requests)}
+            new = {sample.index: sample for sample in samples() if start <= sample.index < len(requests)}
+            arrived(len(new))
+            found |= new
             if ends:
                 for _, batch in itertools.groupby(sorted(found), lambda index: index // size):
                     yield [found[index] for index in batch]
@@ -250,13 +260,15 @@ class Generator:
 
         return samples
 
-    def _composed(self, requests: list[Request], indices: np.ndarray, properties: Any, seed: int) -> list[Request]:
+    def _composed(
+        self, requests: list[Request], indices: np.ndarray, properties: Any, seed: int, min_p: float
+    ) -> list[Request]:
         """The requests with exact counts, where the checkpoint has a model of compositions."""
-        if self._composition is None or all(request.counts for request in requests):
+        if self.composition is None or all(request.counts for request in requests):
             return requests
-        arrays = self._composition.conditions(requests, *properties) | {"indices": indices}
+        arrays = self.composition.conditions(requests, *properties) | {"indices": indices}
         placed = sharding.whole_to_devices(arrays, sharding.batch_sharding(self._mesh))
-        program = self._composition_program(all(request.kind == "none" for request in requests))
+        program = self._composition_program(all(request.kind == "none" for request in requests), min_p)
         key = jax.random.fold_in(jax.random.key(seed), 2)
         tables = sharding.to_host(program(self.params[COMPOSITION], key, placed))
         return [
@@ -265,10 +277,10 @@ class Generator:
         ]
 
     @functools.lru_cache(maxsize=2)  # noqa: B019 - as below
-    def _composition_program(self, free: bool) -> Any:
+    def _composition_program(self, free: bool, min_p: float) -> Any:
         settings = {"proposals": 1} if free else {}
-        assert self._composition is not None
-        return assembly.composition_program(self._composition, self._mesh, **settings)
+        assert self.composition is not None
+        return assembly.composition_program(self.composition, self._mesh, min_p=min_p, **settings)
 
     @functools.lru_cache(maxsize=4)  # noqa: B019 - a generator lives as long as its compiled samplers
     def _sampler(self, settings: SamplerSettings, size: int) -> Any:

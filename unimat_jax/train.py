@@ -316,3 +316,6 @@ def _check(config: Any) -> None:
                           ("sample", "num_steps")):  # fmt: skip
         if config[section][name] < 1:
             raise UserError(f"config.{section}.{name} = {config[section][name]}: give a whole number above 0")
+    if not 0 <= config.sample.composition_min_p < 1:
+        min_p = config.sample.composition_min_p
+        raise UserError(f"config.sample.composition_min_p = {min_p}: give a share, from 0 to below 1")
