@@ -310,6 +310,10 @@ def test_what_then_where(run):
     again = Generator(run).generate(6, seed=1, batch_size=2)
     assert [s.request.counts for s in again] == [s.request.counts for s in samples]
     assert [s.request.counts for s in Generator(run).generate(6, seed=2)] != [s.request.counts for s in samples]
+    likeliest = Generator(run).generate(6, seed=1, num_atoms="2", composition_min_p=0.999)
+    assert len({tuple(sorted(s.request.counts.items())) for s in likeliest}) == 1
+    with pytest.raises(UserError, match=r"composition_min_p = 1\.5"):
+        Generator(run).generate(6, composition_min_p=1.5)
 
 
 def test_conditions_reach_the_crystals(run):

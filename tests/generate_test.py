@@ -265,7 +265,9 @@ def test_a_batch_that_was_begun_is_sampled_whole_again(generator, monkeypatch):
 
     monkeypatch.setattr(generator, "_sampler", sampler)
     requests = generator.requests(10)
-    batches = list(generator.sample(requests, generator.settings(), {}, seed=0, start=6))
+    told = []
+    batches = list(generator.sample(requests, generator.settings(), {}, seed=0, start=6, arrived=told.append))
+    assert sum(told) == sum(map(len, batches))
     assert sampled == [[4, 5, 6, 7], [8, 9, 10, 11]]
     assert [[sample.index for sample in batch] for batch in batches] == [[6, 7], [8, 9]]
     assert list(generator.sample(requests, generator.settings(), {}, seed=0, start=10)) == []

@@ -185,6 +185,7 @@ def test_other_data_of_the_same_name_is_refused(trained, tmp_path):
         ({"train__eval_examples": 0}, r"config.train.eval_examples = 0"),
         ({"train__fsdp": 3}, r"train.fsdp = 3 .* 4 devices"),
         ({"sample__num_steps": 0}, r"config.sample.num_steps = 0"),
+        ({"sample__composition_min_p": 1.0}, r"config.sample.composition_min_p = 1.0: give a share"),
         ({"sample__method": "euler"}, r"config.sample.method .* = 'euler'.*ancestral.*ddim"),
         ({"optimizer__schedule": "step"}, r"config.optimizer.schedule = 'step'"),
         ({"optimizer__name": "muon"}, r"config.optimizer.name = 'muon' with config.model.name = 'unet3d': take 'adam'"),
