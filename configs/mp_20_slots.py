@@ -3,8 +3,8 @@
 unimat prepare --dataset=mp_20 --source=DIR_WITH_CDVAE_CSV_FILES --data_dir=data
 unimat train --config=mp_20_slots --workdir=runs/mp_20_slots
 
-Cost and result (on a part of the training split, in pieces): under four hours on one of two cores, match rate 27.1 %,
-RMSE 0.142 for 1,000 validation compositions (benchmarks/README.md, "MP-20 by slots").
+Cost and result (on a part of the training split): 109 minutes on one of two cores and 23 on both, match rate 27.4 %,
+RMSE 0.130 for 1,000 validation compositions (benchmarks/README.md, "MP-20 by slots").
 """
 
 from unimat_jax import default_config
