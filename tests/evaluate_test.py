@@ -75,6 +75,8 @@ def test_metrics_have_all_that_a_reader_needs(cdvae):
     assert metrics["unique"]["value"] <= 1 and metrics["novel"]["value"] == pytest.approx(1 - 2 / NUMBER)
     assert set(values["comparison"]) == {"training set", "random coordinates"}
     assert values["comparison"]["random coordinates"]["amsd_precision"]["value"] > metrics["amsd_precision"]["value"]
+    assert values["comparison"]["training set"]["novel"]["value"] == 0.0
+    assert "novel" not in values["comparison"]["random coordinates"]  # they cost an hour with carbon
     for name in ("spec", "tolerances", "cutoffs", "packages", "reference_hash", "structures_hash", "raw_or_relaxed"):
         assert values[name], name
     assert sum(values["status"].values()) == NUMBER

@@ -267,13 +267,13 @@ def test_a_batch_that_was_begun_is_sampled_whole_again(generator, monkeypatch):
     requests = generator.requests(10)
     told = []
     batches = list(generator.sample(requests, generator.settings(), {}, seed=0, start=6, arrived=told.append))
-    assert sum(told) == sum(map(len, batches))
+    assert told == [2, 2] == [len(batch) for batch in batches]
     assert sampled == [[4, 5, 6, 7], [8, 9, 10, 11]]
     assert [[sample.index for sample in batch] for batch in batches] == [[6, 7], [8, 9]]
     assert list(generator.sample(requests, generator.settings(), {}, seed=0, start=10)) == []
 
 
-def test_resuming_with_other_flags_names_them(finished, generator, tmp_path):
+def test_resuming_with_other_flags_names_them(finished, generator, tmp_path, monkeypatch):
     again = shutil.copytree(finished[0], tmp_path / "out")
     with pytest.raises(UserError, match=r"made with another seed"):
         run(generator, again, finished[1], {PROPERTY: -1.5}, seed=5, resume=True)
@@ -281,6 +281,16 @@ def test_resuming_with_other_flags_names_them(finished, generator, tmp_path):
         run(generator, again, finished[1], {}, seed=4, resume=True)
     with pytest.raises(UserError, match=r"made with another num_samples, requests, requests_hash"):
         run(generator, again, finished[1][:-1], {PROPERTY: -1.5}, seed=4, resume=True)
+    monkeypatch.setattr(generator, "params_hash", "0" * 16)
+    with pytest.raises(UserError, match=r"made with another parameters_hash"):
+        run(generator, again, finished[1], {PROPERTY: -1.5}, seed=4, resume=True)
+    assert (again / MANIFEST).read_bytes() == (finished[0] / MANIFEST).read_bytes()
+
+
+def test_resuming_with_the_same_checkpoint_elsewhere(finished, generator, tmp_path, monkeypatch):
+    again = shutil.copytree(finished[0], tmp_path / "out")
+    monkeypatch.setattr(generator, "directory", tmp_path / "moved")
+    run(generator, again, finished[1], {PROPERTY: -1.5}, seed=4, resume=True)
     assert (again / MANIFEST).read_bytes() == (finished[0] / MANIFEST).read_bytes()
 
 

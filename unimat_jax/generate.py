@@ -165,7 +165,8 @@ class Output:
             raise UserError(
                 f"--resume: {self.directory} holds no interrupted run of this program: name another directory"
             )
-        changed = [k for k in config if k not in ("packages", "created") and before.get(k) != config[k]]
+        # Not the checkpoint's folder, which may have moved: its parameters' hash tells whether it is the same.
+        changed = [k for k in config if k not in ("checkpoint", "packages", "created") and before.get(k) != config[k]]
         if changed:
             raise UserError(f"--resume: {self.directory} was made with another {', '.join(changed)}: use the same")
         manifest, extxyz = self.directory / MANIFEST, self.directory / EXTXYZ
