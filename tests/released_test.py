@@ -19,7 +19,11 @@ from unimat_jax.structure_files import read_structures
 from unimat_jax.weights import FILES
 
 MOST_BYTES = 10_000_000
-ASKED = {"carbon_24": ("C8", {"C": 8}), "perov_5": ("SrTiO3", {"Sr": 1, "Ti": 1, "O": 3})}
+ASKED = {
+    "carbon_24": ("C8", {"C": 8}),
+    "mp_20": ("NaCl", {"Na": 1, "Cl": 1}),
+    "perov_5": ("SrTiO3", {"Sr": 1, "Ti": 1, "O": 3}),
+}
 """Of each released model: a composition that it has to make crystals of."""
 
 

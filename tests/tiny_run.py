@@ -74,6 +74,7 @@ def environment(devices: int = 1, optimised: bool = False) -> dict[str, str]:
     env = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices)}
     if optimised:
         env.pop("JAX_DISABLE_MOST_OPTIMIZATIONS", None)
+        env.pop("XLA_FLAGS", None)
     return env
 
 

@@ -48,7 +48,9 @@ def test_jit_agrees_with_eager_on_a_vmapped_product_and_sum(size, optimised):
     rows[:, 0] = np.arange(size)
     expected = rows[:, 0] ** 2
     np.testing.assert_allclose(squared_lengths(jnp.asarray(rows)), expected, rtol=1e-6)
-    np.testing.assert_allclose(jax.jit(squared_lengths)(rows), expected, rtol=1e-6)
+    for fused in (True, False):  # users have True, the other tests False
+        jitted = jax.jit(squared_lengths, compiler_options={"xla_cpu_use_fusion_emitters": fused})
+        np.testing.assert_allclose(jitted(rows), expected, rtol=1e-6)
 
 
 def test_the_broken_jax_versions_are_excluded():
