@@ -3,8 +3,8 @@
 unimat prepare --dataset=mp_20 --source=DIR_WITH_CDVAE_CSV_FILES --data_dir=data
 unimat train --config=mp_20_slots --workdir=runs/mp_20_slots
 
-Cost and result (on a part of the training split): some 230 minutes on one of two cores and 23 on both, match rate 32.1 %,
-RMSE 0.140 for 1,000 validation compositions (benchmarks/README.md, "MP-20 by slots").
+Cost and result (on a part of the training split): some 230 minutes on one of two cores and 23 on both, match rate
+32.1 %, RMSE 0.140 for 1,000 validation compositions (benchmarks/README.md, "MP-20 by slots").
 """
 
 from unimat_jax import default_config
