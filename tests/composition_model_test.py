@@ -336,9 +336,12 @@ def test_the_other_network_learns_what_it_learns_without(run, tiny_data, tmp_pat
     both, alone = Generator(run, ema=False), Generator(tmp_path / "alone", ema=False)
     assert set(both.params) - set(alone.params) == {"composition"}
     rest = {name: tree for name, tree in both.params.items() if name != "composition"}
-    # Adam makes steps of rounding where there is no gradient, as of the bias of a pull that is then freed of its drift.
-    apart = jax.tree.map(lambda a, b: np.abs(a - b).ravel(), rest, alone.params)
-    assert np.quantile(np.concatenate(jax.tree.leaves(apart)), 0.99) < 1e-6
+    # No loss depends on these: a shift of all of an atom's attention logits, or of all atoms. Adam makes steps of the
+    # rounding that is their gradient (a third of qkv's bias is the keys').
+    idle = ("['block_0']['pair_bias']['bias']", "['block_0']['qkv']['bias']", "['coords_out']['bias']")
+    apart = jax.tree.map(lambda a, b: np.abs(a - b).max(), rest, alone.params)
+    found = {jax.tree_util.keystr(path): largest for path, largest in jax.tree_util.tree_leaves_with_path(apart)}
+    assert all(largest < (1e-3 if name in idle else 1e-6) for name, largest in found.items()), found
     metrics, before = last_metrics(run), last_metrics(tmp_path / "alone")
     assert metrics["train/loss"] == pytest.approx(before["train/loss"], rel=1e-4)
     assert metrics["eval/loss"] == pytest.approx(before["eval/loss"], rel=1e-4)

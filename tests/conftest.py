@@ -13,7 +13,7 @@ os.environ["MPLBACKEND"] = "Agg"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 # Tiny programs run in no time whatever the compiler does, and compile in a third of it without its dearer passes, and
-# in a quarter of that with one kernel an operation. toolchain_test.py and end_to_end_test.py have both as users do.
+# some in a quarter of that with one kernel an operation. toolchain_test.py and end_to_end_test.py have all as users do.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
 os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")  # a jaxlib without this flag ends at once
 # Else each cached program complains at length that tuning hints (prefer-no-gather) are no features of this machine.
