@@ -46,7 +46,7 @@ def test_cells_that_are_none_have_a_finite_metric(form):
 def answering(x_0, lattice_0):
     """An `apply` that knows the data."""
 
-    def apply(variables, frac, lattice, t, metric, atoms, train=False, rngs=None):
+    def apply(variables, frac, lattice, t, metric, atoms, redraw, train=False, rngs=None):
         sigma = torus.sigma_of(t, 0.002, 0.5)[:, None, None]
         pulled = torus.pull(frac - x_0, sigma) / torus.pull_size(sigma)
         logsnr = diffusion.cosine_logsnr(t, -12.0, 12.0)
@@ -68,6 +68,17 @@ def test_the_loss_of_a_perfect_denoiser_is_zero():
     zeros = SlotDiffusion(lambda v, f, l, *a, **k: (jnp.zeros_like(f), jnp.zeros_like(l)), SPEC, **SETTINGS)
     x, _ = zeros.losses({}, batch, jax.random.key(0), jnp.full(2, 0.5), train=False)
     assert ((x > 0.2) & (x < 3)).all()  # unit size at every noise
+
+
+def test_the_lattice_settles_earlier_or_later_between_the_same_ends():
+    times = jnp.linspace(0.0, 1.0, 11)
+    plain, late, early = (
+        np.asarray(SlotDiffusion(answering(0, 0), SPEC, **SETTINGS, lattice_shift=shift)._logsnr(times))
+        for shift in (0.0, -3.0, 3.0)
+    )
+    for shift, changed in ((-3.0, late), (3.0, early)):
+        np.testing.assert_allclose(changed[[0, -1]], plain[[0, -1]], atol=0.01)
+        np.testing.assert_allclose((changed - plain)[1:-1], shift, atol=0.1)
 
 
 def sampled(objective, requests, method="ancestral", num_steps=40, start=0, **changes):

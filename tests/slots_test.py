@@ -68,7 +68,15 @@ def test_the_nearest_atoms_in_a_reduced_cell_are_found_and_no_padded_one():
 CASES = [(1, 0, 0), (1, 1, 3), (4, 8, 12)]
 
 
-@pytest.fixture(scope="module", params=[{}, {"neighbours": 4, "directions": True}], ids=["all pairs", "4 neighbours"])
+NETWORKS = {
+    "all pairs": {},
+    "4 neighbours": {"neighbours": 4, "directions": True},
+    "draft": {"draft_after": 1},
+    "draft, 4 neighbours": {"draft_after": 1, "neighbours": 4},
+}
+
+
+@pytest.fixture(scope="module", params=NETWORKS.values(), ids=NETWORKS)
 def predict(request):
     """frac [A, 3], counts, size -> (pull [size, 3], lattice) of a wild network."""
     return predictor(**request.param)
@@ -77,7 +85,7 @@ def predict(request):
 def predictor(**changes):
     network, params = network_with(**changes)
     objective = SlotDiffusion(network.apply, SPEC, **SETTINGS)
-    run = jax.jit(lambda frac, lattice, t, slot: objective._predict(params, frac, lattice, t, slot))
+    run = jax.jit(lambda frac, lattice, t, slot: objective._predictions(params, frac, lattice, t, slot)[0])
 
     def call(frac, counts, size=None, fill=0.0):
         number = sum(counts)
@@ -147,16 +155,17 @@ def test_with_neighbours_operations_grow_with_the_atoms_alone():
 
     def flops(size):
         arguments = jnp.zeros((1, size, 3)), jnp.zeros((1, 6)), jnp.zeros(1), jnp.zeros((1, size), jnp.int32)
-        return count_flops(lambda *a: objective._predict(params, *a), *arguments)
+        return count_flops(lambda *a: objective._predictions(params, *a)[0], *arguments)
 
     assert flops(80) - flops(40) == 2 * (flops(40) - flops(20)) > 0
 
 
-NEAR = {"neighbours": 3, "remat": True, "dropout_rate": 0.1}
+DROPPING = {"remat": True, "dropout_rate": 0.1}
+NEAR = {**DROPPING, "neighbours": 3}
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"distances": False}, {"directions": True}, {"remat": True, "dropout_rate": 0.1}, NEAR]
+    "changes", [{}, {"distances": False}, {"directions": True}, DROPPING, NEAR, {**NEAR, "draft_after": 1}]
 )
 def test_gradients_are_finite_where_atoms_overlap_and_cells_are_none(changes):
     network, params = network_with(**changes)
@@ -173,6 +182,48 @@ def test_gradients_are_finite_where_atoms_overlap_and_cells_are_none(changes):
         (_, x), gradients = run(params, jnp.full(3, t))
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
         assert x[1] == 0  # one atom has nowhere to go
+
+
+def test_the_blocks_after_a_draft_see_its_geometry():
+    network, params = network_with(depth=3, draft_after=2)
+    atoms = jax.nn.one_hot(slots_of((1, 1, 3), 5) % 9, 9).reshape(1, 5, *SPEC.table.shape)
+    frac, lattice = jnp.asarray(places((1, 1, 3)))[None], jnp.ones((1, 6))
+    metric, elsewhere = 16 * jnp.eye(3)[None], jnp.asarray(places((1, 1, 3), 9))[None]
+
+    def run(redraw):
+        return network.apply({"params": params}, frac, lattice, jnp.full(1, 0.5), metric, atoms, redraw=redraw)
+
+    plain, moved, grown = (
+        run(lambda x, v, drawn=drawn: drawn) for drawn in ((frac, metric), (elsewhere, metric), (frac, 4 * metric))
+    )
+    for other in (moved, grown):
+        assert_close(other[2:], plain[2:])  # the draft itself was before
+        assert min(np.abs(a - b).max() for a, b in zip(other[:2], plain[:2], strict=True)) > 0.005
+    seen = []
+    run(lambda x, v: (seen.append((x, v)), (frac, metric))[1])
+    assert_close(seen[0], plain[2:])
+
+
+def test_a_draft_learns_by_its_own_losses_alone():
+    network, params = network_with(draft_after=1)
+    objective = SlotDiffusion(network.apply, SPEC, **SETTINGS)
+    rng = np.random.default_rng(0)
+    coords, lattice = (jnp.asarray(rng.uniform(-1, 1, shape), jnp.float32) for shape in ((2, 6, 3), (2, 6)))
+    batch = {"slot": jnp.tile(slots_of((1, 1, 3), 6), (2, 1)), "coords": coords, "lattice": lattice}
+
+    def loss(params, train):
+        return sum(e.sum() for e in objective.losses(params, batch, jax.random.key(0), jnp.full(2, 0.5), train=train))
+
+    run = jax.jit(jax.value_and_grad(loss), static_argnums=1)
+    (trained, gradients), (measured, without) = run(params, True), run(params, False)
+    np.testing.assert_allclose(trained, measured, rtol=1e-5)
+    heads = [name for name in params if name.endswith("_draft")]
+    assert len(heads) == 4
+    for name in heads:
+        assert max(np.abs(leaf).max() for leaf in jax.tree.leaves(gradients[name])) > 1e-3
+        assert all((leaf == 0).all() for leaf in jax.tree.leaves(without[name]))
+    for a, b in zip(*(jax.tree.leaves(g["block_1"]) for g in (gradients, without)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
 def test_bfloat16_is_near_float32():
@@ -194,6 +245,8 @@ def test_choices_that_do_not_exist():
         ({"heads": 3}, "multiple"),
         ({"depth": 0}, "above 0"),
         ({"neighbours": -1}, "neighbours = -1"),
+        ({"draft_after": 2}, "below depth = 2"),
+        ({"draft_after": -1}, "draft_after = -1"),
     ):
         with pytest.raises(UserError, match=said):
             models.create("slots", **SMALL | changes)

@@ -128,6 +128,7 @@ def _slots() -> tuple[Any, Any]:
     model.distances = True  # pair geometry: distances in the noisy cell (Angstrom), beside fractional differences
     model.neighbours = 0  # K > 0: each atom attends to its K nearest and the mean of all; 0: to all (dear in big cells)
     model.directions = False  # ... and where the other atom lies along each axis, in Angstrom; for larger cells
+    model.draft_after = 0  # D > 0: after D blocks it predicts the crystal, and the others see that one's geometry too
     model.dtype = "float32"  # as the U-Net's
     model.remat = False  # as the U-Net's
 
@@ -135,6 +136,7 @@ def _slots() -> tuple[Any, Any]:
     diffusion.sigma_max = 0.5  # ... at t = 1: as good as uniform in the cell
     diffusion.logsnr_min = -12.0  # of the lattice
     diffusion.logsnr_max = 12.0
+    diffusion.lattice_shift = 0.0  # added to its logsnr: below 0 the cell settles later than the coordinates
     diffusion.lattice_weight = 1.0  # loss weight of the six lattice numbers' mean against the coordinates' mean
     diffusion.property_drop_rate = 0.2  # as the U-Net's; the model of compositions has it too
     return model, diffusion

@@ -25,11 +25,18 @@ from unimat_jax.requests import Request, count_table
 from unimat_jax.sampler import LATTICE_RANGE, time_grid
 from unimat_jax.slot_sampler import METHODS, Noise, ReverseProcess
 
+DRAFT_WEIGHT = 0.5
+"""Weight of a draft's losses against the prediction's."""
+
 
 @dataclasses.dataclass(frozen=True)
 class SlotDiffusion:
     """What `slots` networks learn and how they are sampled: their `apply` and the fields of config.diffusion. See
-    `train_step.Objective`."""
+    `train_step.Objective`.
+
+    lattice_shift: added to the lattice's logsnr, but at both ends: below 0 the cell settles later than the coordinates,
+    above 0 earlier than without.
+    """
 
     apply: Callable[..., tuple[jax.Array, jax.Array]]
     spec: UniMatSpec
@@ -39,6 +46,7 @@ class SlotDiffusion:
     logsnr_max: float
     lattice_weight: float
     property_drop_rate: float = 0.2
+    lattice_shift: float = 0.0
 
     padded: ClassVar[bool] = True
 
@@ -65,7 +73,7 @@ class SlotDiffusion:
         self, params: Any, batch: Mapping[str, jax.Array], key: jax.Array, t: jax.Array, train: bool
     ) -> tuple[jax.Array, jax.Array]:
         """Squared errors of the coordinates' pull, a mean over atoms and axes, and of the lattice; one of each an
-        example [B], at times t [B]."""
+        example [B], at times t [B]. In training a draft's, if there is one, add to the gradient, not to the value."""
         x_key, lattice_key, dropout_key = jax.random.split(key, 3)
         slot, lattice_0 = batch["slot"], batch["lattice"]
         mask = slot < self.spec.num_slots
@@ -81,10 +89,18 @@ class SlotDiffusion:
         if properties is not None and properties.shape[1]:
             key = jax.random.fold_in(key, 3)
             options["properties"] = training_properties(key, properties, self.property_drop_rate)
-        x_pred, lattice_pred = self._predict(params, frac_t, lattice_t, t, slot, **options)
-        lattice_error = lattice_pred - diffusion.target(lattice_0, eps, logsnr, "v")
-        x_loss = diffusion.weighted_mean_square(x_pred - x_target, mask.astype(jnp.float32))
-        return x_loss, jnp.mean(jnp.square(lattice_error), -1)
+        lattice_target = diffusion.target(lattice_0, eps, logsnr, "v")
+
+        def errors(x_pred: jax.Array, lattice_pred: jax.Array) -> tuple[jax.Array, jax.Array]:
+            x_loss = diffusion.weighted_mean_square(x_pred - x_target, mask.astype(jnp.float32))
+            return x_loss, jnp.mean(jnp.square(lattice_pred - lattice_target), -1)
+
+        prediction, *drafts = self._predictions(params, frac_t, lattice_t, t, slot, **options)
+        losses = errors(*prediction)
+        for draft in drafts if train else ():
+            more = jax.tree.map(lambda e: DRAFT_WEIGHT * (e - jax.lax.stop_gradient(e)), errors(*draft))
+            losses = jax.tree.map(jnp.add, losses, more)
+        return losses
 
     def check_sampler(self, settings: Mapping[str, Any]) -> None:
         """Raises UserError for fields of config.sample that cannot be."""
@@ -163,11 +179,11 @@ class SlotDiffusion:
 
         def predict(frac: jax.Array, lattice: jax.Array, time: jax.Array) -> tuple[jax.Array, jax.Array]:
             if not seen.shape[1]:
-                return self._predict(params, frac, lattice, time, slot)
-            told = self._predict(params, frac, lattice, time, slot, properties=seen)
+                return self._predictions(params, frac, lattice, time, slot)[0]
+            told = self._predictions(params, frac, lattice, time, slot, properties=seen)[0]
             if not guidance_weight:
                 return told
-            untold = self._predict(params, frac, lattice, time, slot, properties=jnp.zeros_like(seen))
+            untold = self._predictions(params, frac, lattice, time, slot, properties=jnp.zeros_like(seen))[0]
             return jax.tree.map(lambda a, b: (1 + guidance_weight) * a - guidance_weight * b, told, untold)
 
         def evaluate(frac: jax.Array, lattice: jax.Array, i: Any) -> tuple[jax.Array, jax.Array]:
@@ -197,18 +213,26 @@ class SlotDiffusion:
         return torus.sigma_of(t, self.sigma_min, self.sigma_max)
 
     def _logsnr(self, t: jax.Array) -> jax.Array:
-        return diffusion.cosine_logsnr(t, self.logsnr_min, self.logsnr_max)
+        low, high = self.logsnr_min - self.lattice_shift, self.logsnr_max - self.lattice_shift
+        return diffusion.cosine_logsnr(t, low, high) + self.lattice_shift
 
-    def _predict(
+    def _predictions(
         self, params: Any, frac: jax.Array, lattice: jax.Array, t: jax.Array, slot: jax.Array, **options: Any
-    ) -> tuple[jax.Array, jax.Array]:
-        """The network's (pull in units of its size, without drift, and `v` of the lattice)."""
+    ) -> list[tuple[jax.Array, jax.Array]]:
+        """The network's (pull in units of its size, without drift, and `v` of the lattice), and those of its draft."""
         h, w = self.spec.table.shape
         mask = slot < self.spec.num_slots
+        num_atoms = mask.sum(1)
         atoms = (jax.nn.one_hot(slot % (h * w), h * w) * mask[..., None]).reshape(*slot.shape, h, w)
-        metric = cell_metric(lattice, mask.sum(1), self.spec)
-        x_pred, lattice_pred = self.apply({"params": params}, frac, lattice, t, metric, atoms, **options)
-        return torus.without_drift(x_pred, mask), lattice_pred
+        size = torus.pull_size(self._sigma(t))[:, None, None]
+
+        def redraw(x_pred: jax.Array, lattice_pred: jax.Array) -> tuple[jax.Array, jax.Array]:
+            clean = diffusion.predicted_x0(lattice_pred, lattice, self._logsnr(t), "v").clip(*LATTICE_RANGE)
+            return frac - size * torus.without_drift(x_pred, mask), cell_metric(clean, num_atoms, self.spec)
+
+        metric = cell_metric(lattice, num_atoms, self.spec)
+        out = self.apply({"params": params}, frac, lattice, t, metric, atoms, redraw=redraw, **options)
+        return [(torus.without_drift(x, mask), v) for x, v in zip(out[::2], out[1::2], strict=True)]
 
 
 def cell_metric(lattice: jax.Array, num_atoms: jax.Array, spec: UniMatSpec) -> jax.Array:

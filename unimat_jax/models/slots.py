@@ -6,9 +6,14 @@ comes out.
 
 All atoms attend to all, or each to the nearest ones and to one entry that stands for the others: the same parameters,
 and costs that grow with the atoms instead of their pairs.
+
+The geometry of a noisy crystal tells little. So the network can predict the clean one half way, a draft, and look at
+the geometry of that as well: what AlphaFold's recycling (Jumper et al. 2021) does in several passes, in one.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -172,6 +177,12 @@ class SlotTransformer(nn.Module):
     for as many as they are: the mean of all keys and values, with the mean geometry of what is far (waves and basis
     zero). As without where there are no more than K atoms. dtype: of activations and products; parameters, norms,
     softmax and outputs stay float32. remat: compute each block again for its gradient.
+
+    draft_after: D > 0: after D blocks the tokens become a prediction, the draft, by heads of its own. `redraw` turns it
+    into the (fractional coordinates, metric) that it stands for, and the blocks after see their geometry beside the
+    noisy one's. No gradient goes through that: the draft learns by a loss of its own. It comes out after the
+    prediction: (noise, lattice, draft's noise, draft's lattice). Without a `redraw`, to trace shapes, the noisy crystal
+    stands in for it.
     Raises ValueError for a choice that does not exist.
     """
 
@@ -184,6 +195,7 @@ class SlotTransformer(nn.Module):
     distances: bool = True
     directions: bool = False
     neighbours: int = 0
+    draft_after: int = 0
     dtype: str = "float32"
     remat: bool = False
 
@@ -197,6 +209,10 @@ class SlotTransformer(nn.Module):
             raise ValueError("directions = True goes with distances = True")
         if self.neighbours < 0:
             raise ValueError(f"neighbours = {self.neighbours}: give a whole number above 0, or 0 for all atoms")
+        if not 0 <= self.draft_after < self.depth:
+            raise ValueError(
+                f"draft_after = {self.draft_after}: give a number of blocks below depth = {self.depth}, or 0 for none"
+            )
         if self.width % self.heads:
             raise ValueError(f"width = {self.width} does not divide by heads = {self.heads}: choose a multiple")
         super().__post_init__()
@@ -211,7 +227,8 @@ class SlotTransformer(nn.Module):
         atoms: jax.Array,
         properties: jax.Array | None = None,
         train: bool = False,
-    ) -> tuple[jax.Array, jax.Array]:
+        redraw: Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]] | None = None,
+    ) -> tuple[jax.Array, ...]:
         b, a, h, w = atoms.shape
         mask = atoms.sum((2, 3))
         condition = Dense(self.width, name="time")(time_features(time)) + Dense(self.width, name="lattice")(lattice)
@@ -226,28 +243,38 @@ class SlotTransformer(nn.Module):
         share = mask / jnp.maximum(mask.sum(1, keepdims=True), 1)
         if 0 < self.neighbours < a:
             near = nearest(frac, metric, mask, self.neighbours)
-            others, offset = rows(frac, near), rows(blocked, near)
+            offset = rows(blocked, near)
             unseen = mask.sum(1) - self.neighbours
             crowd = jnp.where(unseen > 0, jnp.log(jnp.maximum(unseen, 1)), -1e9)[:, None, None]
             near = jnp.pad(near, ((0, 0), (0, 0), (0, 1)), constant_values=a)
             offset = jnp.concatenate([offset, jnp.broadcast_to(crowd, (b, a, 1))], -1)
         else:
-            near, others, offset = None, frac[:, None], blocked[:, None]
-        pairs = pair_features(frac, others, metric if self.distances else None, self.directions)
-        pairs = in_memory(pairs.astype(dtype))  # all blocks read it
-        if near is not None:
-            pairs = jnp.pad(pairs, ((0, 0), (0, 0), (0, 1), (0, 0)))
+            near, offset = None, blocked[:, None]
+
+        def geometry(frac: jax.Array, metric: jax.Array) -> jax.Array:
+            others = frac[:, None] if near is None else rows(frac, near[:, :, :-1])
+            pairs = pair_features(frac, others, metric if self.distances else None, self.directions)
+            pairs = in_memory(pairs.astype(dtype))  # all blocks read it
+            return pairs if near is None else jnp.pad(pairs, ((0, 0), (0, 0), (0, 1), (0, 0)))
+
+        def prediction(tokens: jax.Array, suffix: str) -> tuple[jax.Array, jax.Array]:
+            film = Dense(2 * self.width, kernel_init=zeros_init, name="film_out" + suffix)(condition)[:, None]
+            tokens = _norm(tokens.astype(jnp.float32), *jnp.split(film, 2, -1))
+            noise = Dense(3, kernel_init=zeros_init, name="coords_out" + suffix)(tokens) * mask[..., None]
+            pooled = (tokens * mask[..., None]).sum(1) / jnp.maximum(mask.sum(1), 1)[:, None]
+            hidden = jnp.concatenate([pooled, condition, lattice], -1)
+            hidden = nn.silu(Dense(2 * self.width, name="lattice_hidden" + suffix)(hidden))
+            return noise, Dense(lattice.shape[-1], kernel_init=zeros_init, name="lattice_out" + suffix)(hidden)
+
+        pairs, draft = geometry(frac, metric), ()
         block = nn.remat(SlotBlock, static_argnums=(7,)) if self.remat else SlotBlock
         narrow = condition.astype(dtype)
         for i in range(self.depth):
+            if i and i == self.draft_after:
+                draft = prediction(tokens, "_draft")
+                drawn = redraw(*draft) if redraw else (frac, metric)
+                pairs = in_memory(jnp.concatenate([pairs, geometry(*jax.lax.stop_gradient(drawn))], -1))
             tokens = block(self.heads, self.pair_width, self.mlp_factor, self.dropout_rate, name=f"block_{i}")(
                 tokens, pairs, offset[:, :, None], narrow, near, share, train
             )
-        film = Dense(2 * self.width, kernel_init=zeros_init, name="film_out")(condition)[:, None]
-        tokens = _norm(tokens.astype(jnp.float32), *jnp.split(film, 2, -1))
-        noise = Dense(3, kernel_init=zeros_init, name="coords_out")(tokens) * mask[..., None]
-        pooled = (tokens * mask[..., None]).sum(1) / jnp.maximum(mask.sum(1), 1)[:, None]
-        hidden = nn.silu(
-            Dense(2 * self.width, name="lattice_hidden")(jnp.concatenate([pooled, condition, lattice], -1))
-        )
-        return noise, Dense(lattice.shape[-1], kernel_init=zeros_init, name="lattice_out")(hidden)
+        return (*prediction(tokens, ""), *draft)
