@@ -70,15 +70,29 @@ def test_the_loss_of_a_perfect_denoiser_is_zero():
     assert ((x > 0.2) & (x < 3)).all()  # unit size at every noise
 
 
-def test_the_lattice_settles_earlier_or_later_between_the_same_ends():
-    times = jnp.linspace(0.0, 1.0, 11)
-    plain, late, early = (
-        np.asarray(SlotDiffusion(answering(0, 0), SPEC, **SETTINGS, lattice_shift=shift)._logsnr(times))
-        for shift in (0.0, -3.0, 3.0)
-    )
-    for shift, changed in ((-3.0, late), (3.0, early)):
-        np.testing.assert_allclose(changed[[0, -1]], plain[[0, -1]], atol=0.01)
-        np.testing.assert_allclose((changed - plain)[1:-1], shift, atol=0.1)
+def test_training_times_gather_in_the_focus():
+    t = jnp.linspace(0.0, 1.0, 10_001)[:-1]
+    objective = SlotDiffusion(answering(0, 0), SPEC, **SETTINGS, focus_share=0.4, focus_from=0.5, focus_to=0.9)
+    drawn = np.asarray(objective._focused(t))
+    share = [((drawn >= start) & (drawn < end)).mean() for start, end in ((0, 0.25), (0, 0.5), (0.5, 0.7), (0.5, 0.9))]
+    np.testing.assert_allclose(share, [0.15, 0.3, 0.32, 0.64], atol=1e-3)
+    np.testing.assert_array_equal(SlotDiffusion(answering(0, 0), SPEC, **SETTINGS)._focused(t), t)
+
+
+def test_losses_are_in_focus_in_training_alone():
+    slot, rng = slots_of((1, 1, 3), 6), np.random.default_rng(0)
+    frac, lattice = rng.random((1, 6, 3)).astype(np.float32), rng.normal(size=(1, 6)).astype(np.float32)
+    batch = {"slot": slot, "coords": 2 * frac - 1, "lattice": lattice}
+    seen = []
+
+    def apply(variables, frac, lattice, t, *arguments, **options):
+        seen.append(float(t[0]))
+        return jnp.zeros_like(frac), jnp.zeros_like(lattice)
+
+    objective = SlotDiffusion(apply, SPEC, **SETTINGS, focus_share=0.5, focus_from=0.6, focus_to=0.8)
+    for train in (True, False):
+        objective.losses({}, batch, jax.random.key(0), jnp.full(1, 0.3), train=train)
+    assert seen == pytest.approx([0.6, 0.3])
 
 
 def sampled(objective, requests, method="ancestral", num_steps=40, start=0, **changes):
@@ -232,6 +246,9 @@ def test_bad_settings_are_named():
     make = functools.partial(create_objective, {"name": "slots", **SMALL})
     with pytest.raises(UserError, match=r"sigma_max = 0.5, 0.1"):
         make(SETTINGS | {"sigma_min": 0.5, "sigma_max": 0.1}, SPEC)
+    for changes in ({"focus_share": 1.0}, {"focus_from": 0.9, "focus_to": 0.5}, {"focus_to": 1.5}):
+        with pytest.raises(UserError, match=r"focus_share, focus_from, focus_to = .*rising"):
+            make(SETTINGS | changes, SPEC)
     with pytest.raises(UserError, match=r"config.diffusion.*null_weight"):
         make(SETTINGS | {"null_weight": 0.1}, SPEC)
     with pytest.raises(UserError, match=r"coordinates = 'cartesian'"):

@@ -76,7 +76,7 @@ NETWORKS = {
 }
 
 
-@pytest.fixture(scope="module", params=NETWORKS.values(), ids=NETWORKS)
+@pytest.fixture(scope="module", params=list(NETWORKS.values()), ids=list(NETWORKS))
 def predict(request):
     """frac [A, 3], counts, size -> (pull [size, 3], lattice) of a wild network."""
     return predictor(**request.param)

@@ -136,8 +136,10 @@ def _slots() -> tuple[Any, Any]:
     diffusion.sigma_max = 0.5  # ... at t = 1: as good as uniform in the cell
     diffusion.logsnr_min = -12.0  # of the lattice
     diffusion.logsnr_max = 12.0
-    diffusion.lattice_shift = 0.0  # added to its logsnr: below 0 the cell settles later than the coordinates
     diffusion.lattice_weight = 1.0  # loss weight of the six lattice numbers' mean against the coordinates' mean
+    diffusion.focus_share = 0.0  # of the times that it is trained at lie between focus_from and focus_to
+    diffusion.focus_from = 0.5
+    diffusion.focus_to = 0.9
     diffusion.property_drop_rate = 0.2  # as the U-Net's; the model of compositions has it too
     return model, diffusion
 
