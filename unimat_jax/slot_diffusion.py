@@ -38,7 +38,7 @@ class SlotDiffusion:
     noise is 0.05 to 0.3 of the cell it is decided which crystal comes out, and that is the hardest to learn.
     """
 
-    apply: Callable[..., tuple[jax.Array, jax.Array]]
+    apply: Callable[..., tuple[jax.Array, ...]]
     spec: UniMatSpec
     sigma_min: float
     sigma_max: float
