@@ -252,6 +252,22 @@ def test_an_interrupted_run_goes_on_to_the_same_files(finished, generator, tmp_p
         assert (again / name).read_bytes() == (directory / name).read_bytes(), name
 
 
+@pytest.mark.parametrize("before", [3, 4])  # of batches of four
+def test_a_run_of_fewer_samples_goes_on_to_more(finished, generator, tmp_path, monkeypatch, before):
+    directory, requests, _, params = finished
+    monkeypatch.setattr(generator, "params", params)
+    again = tmp_path / "out"
+    run(generator, again, requests[:before], {PROPERTY: -1.5}, seed=4)
+    assert json.loads((again / CONFIG).read_text())["num_samples"] == len(rows(again)) == before
+    with pytest.raises(UserError, match=r"made with another .*requests_hash"):
+        run(generator, again, requests[1:], {PROPERTY: -1.5}, seed=4, resume=True)
+    run(generator, again, requests, {PROPERTY: -1.5}, seed=4, resume=True)
+    for name in (MANIFEST, EXTXYZ, CIF_ZIP):
+        assert (again / name).read_bytes() == (directory / name).read_bytes(), name
+    one, other = (json.loads((path / CONFIG).read_text()) for path in (again, directory))
+    assert {**one, "created": 0} == {**other, "created": 0}
+
+
 def test_a_batch_that_was_begun_is_sampled_whole_again(generator, monkeypatch):
     """The last bits of a sample depend on its place in the batch."""
     sampled = []

@@ -128,8 +128,9 @@ def test_every_config_builds_its_network(name):
     network = models.create(**config.model)
     arguments = init_arguments(spec, len(config.data.properties), config.model.name)
     shapes = jax.eval_shape(lambda: network.init(jax.random.key(0), *arguments)["params"])
-    x, lattice = jax.eval_shape(lambda p: network.apply({"params": p}, *arguments), shapes)
-    assert x.shape == arguments[0].shape and lattice.shape == (1, spec.lattice_size)
+    predictions = jax.eval_shape(lambda p: network.apply({"params": p}, *arguments), shapes)
+    expected = [arguments[0].shape, (1, spec.lattice_size)] * (2 if config.model.get("draft_after") else 1)
+    assert [prediction.shape for prediction in predictions] == expected
     number = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(shapes))
     assert number > 3e8 if name == "unimat" else number > 1e4
     assert create_objective(config.model, config.diffusion, spec).lattice_weight > 0

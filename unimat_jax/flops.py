@@ -48,13 +48,14 @@ def step_cost(train_step: Callable[..., Any], state: Any, batch: Any, key: Any) 
 
 def model_cost(network: Any, arguments: tuple[Any, ...]) -> ModelCost:
     """The cost of a network (`models.create`) on arguments x [B, L, H, W, 3], lattice [B, D], logsnr [B], cond, or on
-    their shapes. Training is the gradient of a sum of squares with respect to the parameters, dropout on."""
+    their shapes. Training is the gradient of a sum of squares of all it returns with respect to the parameters, dropout
+    on."""
     key = jax.eval_shape(jax.random.key, 0)
     params = jax.eval_shape(lambda key, arguments: network.init(key, *arguments)["params"], key, arguments)
 
     def loss(params, arguments, key):
-        x_pred, lattice_pred = network.apply({"params": params}, *arguments, train=True, rngs={"dropout": key})
-        return jnp.sum(jnp.square(x_pred)) + jnp.sum(jnp.square(lattice_pred))
+        predictions = network.apply({"params": params}, *arguments, train=True, rngs={"dropout": key})
+        return sum(jnp.sum(jnp.square(prediction)) for prediction in predictions)
 
     forward, total = _forward_and_total(jax.value_and_grad(loss), params, arguments, key)
     number = arguments[0].shape[0]

@@ -1,7 +1,7 @@
 """A checkpoint -> crystals: unimat generate --checkpoint=runs/perov_5 --formula=SrTiO3 --num_samples=9 --output_dir=out
 
 Writes generated_crystals.extxyz, generated_crystals_cif.zip, manifest.jsonl (one row a sample, failures too) and
-config.json. Generates nothing twice: --resume goes on where an interrupted run stopped.
+config.json. Generates nothing twice: --resume goes on where a run stopped, or adds samples to it.
 """
 
 from __future__ import annotations
@@ -83,7 +83,9 @@ def parser() -> Parser:
     p.add_argument("--step", type=int, help="of the checkpoint; default: the latest")
     p.add_argument("--raw_params", action="store_true", help="raw parameters in place of their moving average")
     existing = p.add_mutually_exclusive_group()
-    existing.add_argument("--resume", action="store_true", help="go on with an interrupted run in --output_dir")
+    existing.add_argument(
+        "--resume", action="store_true", help="go on with the run in --output_dir: interrupted, or of fewer samples"
+    )
     existing.add_argument("--overwrite", action="store_true", help="delete the run in --output_dir first")
     return p
 
@@ -134,14 +136,22 @@ def whole_frames(extxyz: str) -> list[tuple[str, str]]:
 class Output:
     """The output directory. Each batch is on disk when the next one starts: frames first, then the manifest's rows."""
 
-    def __init__(self, directory: Path, config: Mapping[str, Any], *, resume: bool, overwrite: bool):
+    def __init__(
+        self,
+        directory: Path,
+        config: Mapping[str, Any],
+        requests: Sequence[Request],
+        *,
+        resume: bool,
+        overwrite: bool,
+    ):
         self.directory = directory
         self.rows: list[dict[str, Any]] = []
         if directory.exists() and not directory.is_dir():
             raise UserError(f"--output_dir={directory} is a file: name a directory")
         if directory.is_dir() and any(directory.iterdir()):
             if resume:
-                self._continue(config)
+                self._continue(config, requests)
                 return
             if not overwrite:
                 raise UserError(f"--output_dir={directory} is not empty: add --resume or --overwrite, or name another")
@@ -150,7 +160,10 @@ class Output:
             for name in (EXTXYZ, CIF_ZIP, MANIFEST, CONFIG):  # what somebody else put there stays
                 (directory / name).unlink(missing_ok=True)
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / CONFIG).write_text(json.dumps(config, indent=1) + "\n")
+        self._write({**config, **_asked(requests)})
+
+    def _write(self, config: Mapping[str, Any]) -> None:
+        (self.directory / CONFIG).write_text(json.dumps(config, indent=1) + "\n")
 
     def _config_there(self) -> dict[str, Any]:
         try:
@@ -158,17 +171,20 @@ class Output:
         except (OSError, ValueError):
             return {}
 
-    def _continue(self, config: Mapping[str, Any]) -> None:
-        """Keeps the samples before the first one of which the row or the frame is not whole."""
+    def _continue(self, config: Mapping[str, Any], requests: Sequence[Request]) -> None:
+        """Keeps the samples before the first one of which the row or the frame is not whole. There may be more requests
+        than before, after those."""
         before = self._config_there()
         if "requests_hash" not in before:
             raise UserError(
                 f"--resume: {self.directory} holds no interrupted run of this program: name another directory"
             )
         # Not the checkpoint's folder, which may have moved: its parameters' hash tells whether it is the same.
-        changed = [k for k in config if k not in ("checkpoint", "packages", "created") and before.get(k) != config[k]]
+        again = {**config, **_asked(requests[: before["num_samples"]])}
+        changed = [k for k in again if k not in ("checkpoint", "packages", "created") and before.get(k) != again[k]]
         if changed:
             raise UserError(f"--resume: {self.directory} was made with another {', '.join(changed)}: use the same")
+        self._write({**before, **_asked(requests)})
         manifest, extxyz = self.directory / MANIFEST, self.directory / EXTXYZ
         lines = manifest.read_text().splitlines(keepends=True) if manifest.exists() else []
         frames = iter(whole_frames(extxyz.read_text()) if extxyz.exists() else [])
@@ -232,9 +248,7 @@ def run(
     config = {
         "checkpoint": str(generator.directory), "checkpoint_step": generator.step,
         "parameters": "ema" if generator.ema else "raw", "parameters_hash": generator.params_hash,
-        "num_samples": len(requests), "seed": seed, "condition": dict(condition),
-        "requests": dict(Counter(" ".join(f"{r.kind} {r.label} {r.size_label}".split()) for r in requests)),
-        "requests_hash": _hash(requests),
+        "seed": seed, "condition": dict(condition),
         "sampler": {k: v for k, v in dataclasses.asdict(settings).items() if k != "batch_size"},
         "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -249,7 +263,7 @@ def run(
             "the model has a place for it and knows nothing of it",
             file=sys.stderr,
         )
-    output = Output(output_dir, json.loads(json.dumps(config)), resume=resume, overwrite=overwrite)
+    output = Output(output_dir, json.loads(json.dumps(config)), requests, resume=resume, overwrite=overwrite)
     done = number_of_first(len(output.rows))
     with tqdm(total=len(requests), initial=done, desc="generating", unit="crystal", file=sys.stderr) as bar:
         for batch in generator.sample(requests, settings, condition, seed=seed, start=done, arrived=bar.update):
@@ -270,11 +284,16 @@ def run(
     return statuses
 
 
-def _hash(requests: Sequence[Request]) -> str:
+def _asked(requests: Sequence[Request]) -> dict[str, Any]:
+    """What `config.json` tells of the requests."""
     texts = (
         f"{r.kind} {r.label} {sorted(r.counts.items())} {r.elements} {r.reference_uid}{r.size_label}" for r in requests
     )
-    return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16]
+    return {
+        "num_samples": len(requests),
+        "requests": dict(Counter(" ".join(f"{r.kind} {r.label} {r.size_label}".split()) for r in requests)),
+        "requests_hash": hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16],
+    }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
