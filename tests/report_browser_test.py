@@ -390,10 +390,10 @@ def test_layouts(browser, address, width, scheme):
 
 
 def test_the_views_follow_the_colour_scheme(page):
-    for scheme in ("dark", "light"):
+    corner = f'({DRAWN})(document.querySelector(".view canvas")).slice(2, 5).reduce((a, b) => a + b)'
+    for scheme, condition in (("dark", f"{corner} < 150"), ("light", f"{corner} > 600")):
         page.emulate_media(color_scheme=scheme)
-        page.wait_for_timeout(100)
-        assert (sum(page.locator(".view canvas").first.evaluate(DRAWN)[2:5]) < 150) == (scheme == "dark")
+        until(page, condition)
 
 
 def test_one_view_where_there_are_no_references(browser, tmp_path):
