@@ -163,7 +163,10 @@ class Output:
         self._write({**config, **_asked(requests)})
 
     def _write(self, config: Mapping[str, Any]) -> None:
-        (self.directory / CONFIG).write_text(json.dumps(config, indent=1) + "\n")
+        """Whole or not at all: without it the samples that are there would be nobody's."""
+        from unimat_jax.checkpoint import write_json
+
+        write_json(self.directory / CONFIG, config)
 
     def _config_there(self) -> dict[str, Any]:
         try:
