@@ -259,7 +259,7 @@ def test_a_run_of_fewer_samples_goes_on_to_more(finished, generator, tmp_path, m
     again = tmp_path / "out"
     run(generator, again, requests[:before], {PROPERTY: -1.5}, seed=4)
     assert json.loads((again / CONFIG).read_text())["num_samples"] == len(rows(again)) == before
-    with pytest.raises(UserError, match=r"made with another .*requests_hash"):
+    with pytest.raises(UserError, match=r"made otherwise: .*requests_hash was "):
         run(generator, again, requests[1:], {PROPERTY: -1.5}, seed=4, resume=True)
     run(generator, again, requests, {PROPERTY: -1.5}, seed=4, resume=True)
     for name in (MANIFEST, EXTXYZ, CIF_ZIP):
@@ -291,14 +291,14 @@ def test_a_batch_that_was_begun_is_sampled_whole_again(generator, monkeypatch):
 
 def test_resuming_with_other_flags_names_them(finished, generator, tmp_path, monkeypatch):
     again = shutil.copytree(finished[0], tmp_path / "out")
-    with pytest.raises(UserError, match=r"made with another seed"):
+    with pytest.raises(UserError, match=r"made otherwise: seed was 4, now 5: use the same"):
         run(generator, again, finished[1], {PROPERTY: -1.5}, seed=5, resume=True)
-    with pytest.raises(UserError, match=r"made with another condition"):
+    with pytest.raises(UserError, match=rf"made otherwise: condition.{PROPERTY} was -1.5, now None:"):
         run(generator, again, finished[1], {}, seed=4, resume=True)
-    with pytest.raises(UserError, match=r"made with another num_samples, requests, requests_hash"):
+    with pytest.raises(UserError, match=r"holds a run of \d+ samples and \d+ are asked for"):
         run(generator, again, finished[1][:-1], {PROPERTY: -1.5}, seed=4, resume=True)
     monkeypatch.setattr(generator, "params_hash", "0" * 16)
-    with pytest.raises(UserError, match=r"made with another parameters_hash"):
+    with pytest.raises(UserError, match=r"made otherwise: parameters_hash was \w+, now 0{16}:"):
         run(generator, again, finished[1], {PROPERTY: -1.5}, seed=4, resume=True)
     assert (again / MANIFEST).read_bytes() == (finished[0] / MANIFEST).read_bytes()
 

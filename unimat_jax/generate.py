@@ -182,11 +182,16 @@ class Output:
             raise UserError(
                 f"--resume: {self.directory} holds no interrupted run of this program: name another directory"
             )
+        if len(requests) < before["num_samples"]:
+            raise UserError(
+                f"--resume: {self.directory} holds a run of {before['num_samples']} samples and {len(requests)} are "
+                "asked for: ask for as many or more, or name another directory"
+            )
         # Not the checkpoint's folder, which may have moved: its parameters' hash tells whether it is the same.
         again = {**config, **_asked(requests[: before["num_samples"]])}
-        changed = [k for k in again if k not in ("checkpoint", "packages", "created") and before.get(k) != again[k]]
+        changed = _changed(before, {k: v for k, v in again.items() if k not in ("checkpoint", "packages", "created")})
         if changed:
-            raise UserError(f"--resume: {self.directory} was made with another {', '.join(changed)}: use the same")
+            raise UserError(f"--resume: {self.directory} was made otherwise: {'; '.join(changed)}: use the same")
         self._write({**before, **_asked(requests)})
         manifest, extxyz = self.directory / MANIFEST, self.directory / EXTXYZ
         lines = manifest.read_text().splitlines(keepends=True) if manifest.exists() else []
@@ -297,6 +302,18 @@ def _asked(requests: Sequence[Request]) -> dict[str, Any]:
         "requests": dict(Counter(" ".join(f"{r.kind} {r.label} {r.size_label}".split()) for r in requests)),
         "requests_hash": hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16],
     }
+
+
+def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What of `now`, and of the mappings in it, is not as it was."""
+    changed = []
+    for name, value in now.items():
+        old = before.get(name)
+        if isinstance(value, dict) and isinstance(old, dict):
+            changed += [f"{name}.{line}" for line in _changed(old, {**dict.fromkeys(old), **value})]
+        elif old != value:
+            changed.append(f"{name} was {old}, now {value}")
+    return changed
 
 
 def main(argv: Sequence[str] | None = None) -> int:
