@@ -2,7 +2,7 @@
 
 python -m benchmarks.big_cells --source=$UNIMAT_DATA/starter_source/flla_le20.npz
 python -m benchmarks.big_cells --source=... --write=cells.extxyz        supercells for `unimat prepare`
-python -m benchmarks.big_cells --source=cells.extxyz --sampled=out      nearest distances of what was generated
+python -m benchmarks.big_cells --source=cells.extxyz --sampled=out      distances and order of what was generated
 
 Supercells are those of real elements and binary compounds, as near to cubes as whole multiples make them. Of each size
 the one with the most atoms of one element is measured (255 is the most that a record holds), one crystal a step, on the
@@ -42,6 +42,8 @@ from unimat_jax.structure_files import read_structures
 SIZES = (20, 50, 100, 200, 350, 500)
 MOST_OF_ONE = 255
 SAMPLER_STEPS = 4
+LONGEST_WAVE = 5.0
+"""Largest wave vector of `reflection`, 1/Angstrom."""
 SLOTS = {"model.width": 64, "model.depth": 3, "model.heads": 4, "model.pair_width": 32, "composition.width": 0}
 UNET = {"model.base_channels": 32, "model.num_res_blocks": 1, "model.attention_resolutions": (3, 9)}
 VARIANTS = {
@@ -223,9 +225,21 @@ def meets_another_element(crystal: Crystal) -> np.ndarray:
     return crystal.atomic_numbers[atom[first]] != crystal.atomic_numbers[other[first]]
 
 
+def reflection(crystal: Crystal) -> float:
+    """Its strongest reflection beyond 1.26 Angstrom, every atom scattering alike: |S(k)|^2 / N^2, at most 1. Of atoms
+    without order the largest of some thousand exponential numbers of mean 1 / N."""
+    reciprocal = 2 * np.pi * np.linalg.inv(crystal.lattice).T
+    most = np.ceil(LONGEST_WAVE * crystal.lengths / (2 * np.pi)).astype(int)
+    axes = [np.arange(-n, n + 1) for n in most]
+    x, y, z = (np.exp(2j * np.pi * np.outer(h, at)) for h, at in zip(axes, crystal.frac_coords.T, strict=True))
+    strength = np.abs((x[:, None] * y).reshape(-1, crystal.num_atoms) @ z.T / crystal.num_atoms) ** 2
+    wave = np.linalg.norm(np.stack(np.meshgrid(*axes, indexing="ij"), -1) @ reciprocal, axis=-1)
+    return float(strength.ravel()[(wave.ravel() > 0) & (wave.ravel() <= LONGEST_WAVE)].max())
+
+
 def distances(crystals: Sequence[Crystal]) -> dict[str, Any]:
     """Percentiles of the distance from an atom to its nearest one (Angstrom), how often that one is of another element
-    (compounds alone), and volumes, over all crystals."""
+    (compounds alone), volumes, and how ordered each is as a whole: its strongest reflection; over all crystals."""
     nearest = [shells(c).nearest for c in crystals]
     met = [meets_another_element(c) for c in crystals if len(set(c.atomic_numbers.tolist())) > 1]
     levels = (0, 5, 50, 95)
@@ -234,6 +248,7 @@ def distances(crystals: Sequence[Crystal]) -> dict[str, Any]:
         "nearest_percentiles": dict(zip(map(str, levels), np.percentile(np.concatenate(nearest), levels), strict=True)),
         "share_below_1A": float((np.concatenate(nearest) < 1).mean()),
         "nearest_is_of_another_element": float(np.concatenate(met).mean()) if met else None,
+        "reflection_quartiles": np.percentile(list(map(reflection, crystals)), (0, 25, 50, 75, 100)).round(3).tolist(),
         "volume_per_atom": statistics.median(c.volume / c.num_atoms for c in crystals),
     }  # fmt: skip
 
