@@ -35,6 +35,21 @@ def test_operations_of_the_papers_model_are_a_polynomial_of_its_levels():
     assert 0 < p["quadratic"] * 20**2 < 0.05 * flops[20]
 
 
+def test_the_strongest_reflection_falls_as_debye_and_waller_have_it():
+    cell = big_cells.supercell(diamond(), 300)
+
+    def moved_by(frac):
+        return big_cells.reflection(Crystal.create(cell.atomic_numbers, cell.frac_coords + frac, cell.lattice, "moved"))
+
+    rng = np.random.default_rng(0)
+    thermal = rng.normal(0, 0.1, cell.frac_coords.shape) @ np.linalg.inv(cell.lattice)
+    edge = (8 * diamond().volume / diamond().num_atoms) ** (1 / 3)
+    strongest = 2 * np.pi / edge * np.sqrt(8)  # of (2, 2, 0), in which all atoms of diamond scatter as one
+    assert strongest < big_cells.LONGEST_WAVE and moved_by(0) == pytest.approx(1, abs=1e-6)
+    assert moved_by(thermal) == pytest.approx(np.exp(-((0.1 * strongest) ** 2)), abs=0.06)
+    assert moved_by(rng.random(cell.frac_coords.shape)) < 0.1
+
+
 def test_big_cells_are_supercells_and_have_their_costs(tmp_path, monkeypatch):
     slots, changes = big_cells.VARIANTS["neighbours"]
     tiny = {"model.width": 8, "model.depth": 1, "model.heads": 2, "model.pair_width": 4, "model.neighbours": 8}
