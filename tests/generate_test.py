@@ -343,7 +343,7 @@ def test_overwriting_leaves_what_others_put_there(finished, generator, tmp_path)
         ({"formula": "SrTiO3"}, r"SrTiO3 x 1: Ti is outside the model's table"),
         ({"formula": "Na4Cl4"}, r"Na4Cl4 x 1: 4 atoms of Na, but the model holds at most L = 3"),
         ({"formula": "NaCl", "num_formula_units": "1-4"}, r"NaCl x 4: 4 atoms"),
-        ({"formula": ""}, r"--formula=: not understood at its end"),
+        ({"formula": ""}, r"--formula=: empty, perhaps by a comma too many"),
         ({"formula": "NaCl,"}, r"--formula=: "),
         ({"chemical_system": "Na-Ti"}, r"Na-Ti: Ti is outside"),
         ({"elements": "Na,Yy"}, r"--elements=Na,Yy: 'Yy' is not a chemical element"),

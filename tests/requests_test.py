@@ -53,7 +53,7 @@ def test_formulas(formula, atoms):
 @pytest.mark.parametrize(
     ("formula", "named"),
     [
-        ("", "its end"),
+        ("", "empty"),
         ("srtio3", "srtio3"),
         ("Sr Ti", "' Ti'"),
         ("SrTiO3-", "'-'"),

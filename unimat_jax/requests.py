@@ -79,8 +79,9 @@ def parse_formula(formula: str) -> dict[int, int]:
         counts = {z: n for z, n in stack[0].items() if n}
         if position == len(formula) and len(stack) == 1 and counts:
             return counts
-    at = repr(formula[position:]) if formula[position:] else "its end"
-    raise UserError(f"--formula={formula}: not understood at {at}; write it with whole numbers, as in SrTiO3, Ca(OH)2")
+    at = f"not understood at {formula[position:]!r}" if formula[position:] else "not understood at its end"
+    at = at if formula else "empty, perhaps by a comma too many"
+    raise UserError(f"--formula={formula}: {at}; write it with whole numbers, as in SrTiO3, Ca(OH)2")
 
 
 def parse_range(text: str, flag: str) -> range:
