@@ -57,6 +57,8 @@ class Request:
 
 def parse_formula(formula: str) -> dict[int, int]:
     """Atoms of each element (atomic number) of a formula like "SrTiO3" or "Ca(OH)2". Raises UserError."""
+    if not formula:
+        raise UserError("--formula=: empty, perhaps by a comma too many; write it as in SrTiO3, Ca(OH)2")
     position, stack = 0, [Counter()]
     for token in re.finditer(r"([A-Z][a-z]?)(\d*)|(\()|(\))(\d*)", formula):
         if token.start() != position:
@@ -79,9 +81,8 @@ def parse_formula(formula: str) -> dict[int, int]:
         counts = {z: n for z, n in stack[0].items() if n}
         if position == len(formula) and len(stack) == 1 and counts:
             return counts
-    at = f"not understood at {formula[position:]!r}" if formula[position:] else "not understood at its end"
-    at = at if formula else "empty, perhaps by a comma too many"
-    raise UserError(f"--formula={formula}: {at}; write it with whole numbers, as in SrTiO3, Ca(OH)2")
+    at = repr(formula[position:]) if formula[position:] else "its end"
+    raise UserError(f"--formula={formula}: not understood at {at}; write it with whole numbers, as in SrTiO3, Ca(OH)2")
 
 
 def parse_range(text: str, flag: str) -> range:
