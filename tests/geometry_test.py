@@ -5,7 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from unimat_jax.crystal import Crystal
-from unimat_jax.evaluation.geometry import covalent_radii, shells, strict_reason
+from unimat_jax.evaluation.geometry import shells, strict_reason
+from unimat_jax.periodic_table import covalent_radii
 
 
 def test_first_shells_of_textbook_crystals():

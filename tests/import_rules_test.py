@@ -44,6 +44,7 @@ ORDER = [
     "unimat_jax.models",
     "unimat_jax.sampler",
     "unimat_jax.tensor_diffusion",
+    "unimat_jax.exclusion",
     "unimat_jax.slot_sampler",
     "unimat_jax.slot_diffusion",
     "unimat_jax.composition_model",

@@ -13,7 +13,7 @@ from unimat_jax import diffusion, torus
 from unimat_jax.assembly import create_objective
 from unimat_jax.errors import UserError
 from unimat_jax.models.slots import shortest_distances
-from unimat_jax.representation import UniMatSpec, decode, lattice_matrix
+from unimat_jax.representation import UniMatSpec, decode, lattice_matrix, padded_atoms
 from unimat_jax.requests import Request
 from unimat_jax.slot_diffusion import SlotDiffusion, cell_metric
 from unimat_jax.slot_sampler import METHODS
@@ -197,6 +197,27 @@ def test_the_narrow_method_is_as_narrow_as_it_is_told():
     assert width(mean_below=0.3, noise_below=1.0) == wide
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_atoms_that_a_network_puts_at_one_place_are_kept_apart(method):
+    """By their radii's share, whatever the method; those that are apart do not feel it."""
+    lattice = np.array([[1.5, 1.5, 1.5, 0, 0, 0]], np.float32)  # a cube with an edge of 5.6 Angstrom
+
+    def nearest(offset, ratio):
+        clean = np.zeros((padded_atoms(2, SPEC.max_atoms), 3), np.float32)
+        clean[1] = offset
+        objective = SlotDiffusion(answering(clean, lattice), SPEC, **SETTINGS)
+        x, cell = sampled(objective, [Request("formula", "O2", {8: 2})] * 8, method, closest_ratio=ratio)
+        metric = np.asarray(cell_metric(cell, jnp.full(8, 2), SPEC))
+        sites = np.asarray(x).reshape(8, SPEC.max_atoms_per_element, -1, 3)[:, :2, SPEC.table.place_of[8]]
+        difference = (sites[:, 0] - sites[:, 1]) / 2
+        difference -= np.round(difference)
+        return np.sqrt(np.einsum("bx,bxy,by->b", difference, metric, difference))
+
+    assert nearest(0.0, 0.0).max() < 0.1
+    np.testing.assert_allclose(nearest(0.0, 0.7), 0.7 * 2 * 0.66, rtol=0.02)
+    np.testing.assert_array_equal(nearest(0.5, 0.7), nearest(0.5, 0.0))
+
+
 @pytest.mark.parametrize(("guidance_weight", "expected"), [(0.0, 0.2), (1.0, 0.4), (2.0, 0.6)])
 def test_guidance_is_the_papers_on_the_properties(guidance_weight, expected):
     """The lattice goes where the value says, the further the larger w; where no value is given, where none leads."""
@@ -257,5 +278,7 @@ def test_bad_settings_are_named():
         make(SETTINGS, SPEC).check_sampler({"method": "ddim", "corrector_steps": -1})
     with pytest.raises(UserError, match=r"corrector_below.*= -0.1"):
         make(SETTINGS, SPEC).check_sampler({"method": "ddim", "corrector_below": -0.1})
+    with pytest.raises(UserError, match=r"closest_ratio.*= 2: give a share"):
+        make(SETTINGS, SPEC).check_sampler({"method": "mean", "closest_ratio": 2})
     with pytest.raises(UserError, match=r"noise_below.*= 1.5: give a share"):
         make(SETTINGS, SPEC).check_sampler({"method": "mean", "noise_below": 1.5})

@@ -81,6 +81,7 @@ def get_config(model: str = "unet3d") -> Any:  # a ConfigDict; its fields are un
     config.sample.noise_below = 0.0  # this share of it
     config.sample.corrector_steps = 0  # slots: Langevin steps after each step, an evaluation each,
     config.sample.corrector_below = 1.0  # where the noise is below this share of the cell
+    config.sample.closest_ratio = 0.65  # slots: of the sum of their covalent radii two atoms are kept apart; 0: not
     config.sample.composition_min_p = 0.0  # elements less likely than this share of the likeliest are not drawn
     return config
 

@@ -74,6 +74,9 @@ def parser() -> Parser:
     p.add_argument("--corrector_steps", type=int, help="slots: Langevin steps after each step, an evaluation each")
     p.add_argument("--corrector_below", type=float, help="slots: share of the cell below which these are taken")
     p.add_argument(
+        "--closest_ratio", type=float, help="slots: share of their radii's sum that atoms are kept apart; 0: not"
+    )
+    p.add_argument(
         "--composition_min_p",
         type=float,
         help="models with compositions: none less likely than this share of the likeliest choice, for each element",

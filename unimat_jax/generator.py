@@ -70,6 +70,7 @@ class SamplerSettings:
     noise_below: float = 0.0
     corrector_steps: int = 0
     corrector_below: float = 1.0
+    closest_ratio: float = 0.0
     composition_min_p: float = 0.0
 
     def __post_init__(self):

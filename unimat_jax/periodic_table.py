@@ -14,6 +14,7 @@ import numpy as np
 NUM_PERIODS = 9
 NUM_GROUPS = 18
 MAX_ATOMIC_NUMBER = 118
+_UNKNOWN_RADIUS = 1.5
 
 # One line a period; "." is a place without an element.
 _LAYOUT = """
@@ -63,6 +64,16 @@ def atomic_number(symbol: str) -> int:
     if symbol not in _NUMBER_OF:
         raise ValueError(f"{symbol!r} is not a chemical element: write symbols as in 'Sr', 'Ti', 'O'")
     return _NUMBER_OF[symbol]
+
+
+def covalent_radii(atomic_numbers: np.ndarray) -> np.ndarray:
+    """Angstrom, Cordero et al. 2008 (doi:10.1039/b801115j) as ase has them; 1.5 for elements without one (Z > 96), and
+    at 0, where there is no element."""
+    from ase.data import covalent_radii as known
+
+    values = np.full(MAX_ATOMIC_NUMBER + 1, _UNKNOWN_RADIUS)
+    values[1:97] = known[1:97]
+    return values[atomic_numbers]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,10 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from unimat_jax import diffusion, torus
+from unimat_jax import diffusion, exclusion, torus
 from unimat_jax.conditioning import training_properties
 from unimat_jax.densify import densify
 from unimat_jax.errors import UserError
+from unimat_jax.periodic_table import covalent_radii
 from unimat_jax.representation import UniMatSpec, padded_atoms
 from unimat_jax.requests import Request, count_table
 from unimat_jax.sampler import LATTICE_RANGE, time_grid
@@ -115,13 +116,12 @@ class SlotDiffusion:
         """Raises UserError for fields of config.sample that cannot be."""
         if settings["method"] not in METHODS:
             raise UserError(f"config.sample.method (--method) = {settings['method']!r}: choose from {METHODS}")
-        for name in ("mean_below", "noise_below", "corrector_steps", "corrector_below"):
+        for name in ("mean_below", "noise_below", "corrector_steps", "corrector_below", "closest_ratio"):
             if settings.get(name, 0) < 0:
                 raise UserError(f"config.sample.{name} (--{name}) = {settings[name]}: give a number, or 0")
-        if settings.get("noise_below", 0) > 1:
-            raise UserError(
-                f"config.sample.noise_below (--noise_below) = {settings['noise_below']}: give a share, 0 to 1"
-            )
+        for name in ("noise_below", "closest_ratio"):
+            if settings.get(name, 0) > 1:
+                raise UserError(f"config.sample.{name} (--{name}) = {settings[name]}: give a share, 0 to 1")
 
     def conditions(self, requests: Sequence[Request], values: np.ndarray, given: np.ndarray) -> dict[str, np.ndarray]:
         """Arrays of a batch of requests and of a condition's standardised properties (`values`, `given` [P]): `slot`
@@ -171,14 +171,18 @@ class SlotDiffusion:
         noise_below: float = 0.0,
         corrector_steps: int = 0,
         corrector_below: float = 1.0,
+        closest_ratio: float = 0.0,
     ) -> tuple[jax.Array, jax.Array]:
         """Samples (x_0 [B, L, H, W, 3], lattice_0 [B, D]) in model units. arrays: of `conditions`, and `indices` [B].
 
         All noise of a sample comes from (key, its index), the same for an atom whatever the padding. Of the methods and
         of what their settings mean: `slot_sampler.ReverseProcess`. guidance_weight: the paper's w (its equation 2) on
-        the properties, of which coordinates and lattice know; a second evaluation each time.
+        the properties, of which coordinates and lattice know; a second evaluation each time. closest_ratio: atoms
+        of each predicted clean crystal are kept this share of the sum of their covalent radii apart (`exclusion`); with
+        0 they are where the network has them.
         """
         slot, seen = arrays["slot"], arrays["properties"]
+        mask = slot < self.spec.num_slots
         times = time_grid(num_steps, time_power)
         if guidance_weight and not seen.shape[1]:
             raise UserError(
@@ -198,9 +202,16 @@ class SlotDiffusion:
         def evaluate(frac: jax.Array, lattice: jax.Array, i: Any) -> tuple[jax.Array, jax.Array]:
             time = jnp.full(len(slot), times[i])
             x_pred, lattice_pred = predict(frac, lattice, time)
-            clean = diffusion.predicted_x0(lattice_pred, lattice, self._logsnr(time), "v")
-            return x_pred * torus.pull_size(self._sigma(times[i])), clean.clip(*LATTICE_RANGE)
+            clean = diffusion.predicted_x0(lattice_pred, lattice, self._logsnr(time), "v").clip(*LATTICE_RANGE)
+            sigma = self._sigma(times[i])
+            pulled = x_pred * torus.pull_size(sigma)
+            if closest_ratio:
+                metric = cell_metric(clean, mask.sum(1), self.spec)
+                short_of_it = frac - 0.999 * pulled  # atoms predicted at exactly one place part to where they come from
+                pulled -= exclusion.push_apart(short_of_it, metric, keep, sigma)
+            return pulled, clean
 
+        keep = exclusion.distances_to_keep(self._radii(slot), mask, closest_ratio)
         process = ReverseProcess(
             evaluate,
             Noise(key, arrays["indices"], slot.shape[1], self.spec.lattice_size),
@@ -214,9 +225,13 @@ class SlotDiffusion:
             corrector_below=corrector_below,
         )
         frac, lattice = process.run()
-        mask = slot < self.spec.num_slots
         coords = 2.0 * jnp.where(mask[..., None], frac - jnp.floor(frac), 0.0) - 1.0
         return densify({"slot": slot, "coords": coords}, self.spec), lattice
+
+    def _radii(self, slot: jax.Array) -> jax.Array:
+        """Covalent radii [B, A], Angstrom, of the elements of slots."""
+        of_places = jnp.asarray(covalent_radii(self.spec.table.atomic_numbers).ravel(), jnp.float32)
+        return of_places[slot % of_places.size]
 
     def _sigma(self, t: jax.Array) -> jax.Array:
         return torus.sigma_of(t, self.sigma_min, self.sigma_max)

@@ -21,7 +21,7 @@ from unimat_jax.requests import Request, count_table, element_table
 CONDITION = ("counts", "counts_given", "elements", "elements_given", "properties", "properties_given")
 
 
-SLOTS_ALONE = ("mean_below", "noise_below", "corrector_steps", "corrector_below")
+SLOTS_ALONE = ("mean_below", "noise_below", "corrector_steps", "corrector_below", "closest_ratio")
 """Fields of config.sample that mean nothing here."""
 
 

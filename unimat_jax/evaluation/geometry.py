@@ -7,6 +7,7 @@ import dataclasses
 import numpy as np
 
 from unimat_jax.crystal import Crystal, reduced_cell
+from unimat_jax.periodic_table import covalent_radii
 
 RADII_FRACTION = 0.7
 """Strict rule: no two atoms nearer than this times the sum of their covalent radii."""
@@ -14,7 +15,6 @@ DENSITY_RANGE = (0.01, 25.0)
 """g/cm3, strict rule; the densest element, osmium, has 22.6."""
 SHELL_FACTOR = 1.2
 """The first shell of an atom: all atoms within this times the distance of the nearest."""
-_UNKNOWN_RADIUS = 1.5
 _BLOCK = 2_000_000
 _IMAGES = np.stack(np.meshgrid(*[np.arange(-1, 2)] * 3, indexing="ij"), -1).reshape(-1, 3)
 _HOME = 13
@@ -31,15 +31,6 @@ class Shells:
     coordination: np.ndarray
     bond_lengths: np.ndarray
     closest_ratio: float
-
-
-def covalent_radii(atomic_numbers: np.ndarray) -> np.ndarray:
-    """Angstrom, Cordero et al. 2008 (doi:10.1039/b801115j) as ase has them; 1.5 for elements without one (Z > 96)."""
-    from ase.data import covalent_radii as known
-
-    values = np.full(119, _UNKNOWN_RADIUS)
-    values[1:97] = known[1:97]
-    return values[atomic_numbers]
 
 
 def shells(crystal: Crystal) -> Shells:

@@ -12,7 +12,7 @@ import numpy as np
 
 from unimat_jax.crystal import Crystal
 from unimat_jax.evaluation.report_histograms import histogram, plain
-from unimat_jax.periodic_table import ATOMIC_NUMBERS, MAX_ATOMIC_NUMBER, SYMBOLS
+from unimat_jax.periodic_table import ATOMIC_NUMBERS, MAX_ATOMIC_NUMBER, SYMBOLS, covalent_radii
 
 MAX_ATOMS = 60_000
 """The page carries no more atoms than these, some 1 MB, whatever the number of structures."""
@@ -177,8 +177,6 @@ def _encode(crystal: Crystal) -> dict[str, Any]:
 def _look(z: int) -> dict[str, Any]:
     """Symbol, covalent radius (A) and Jmol's colour of an element."""
     from ase.data.colors import jmol_colors
-
-    from unimat_jax.evaluation.geometry import covalent_radii
 
     color = jmol_colors[z] if z < len(jmol_colors) else jmol_colors[-1]
     radius = float(covalent_radii(np.array([z]))[0])
