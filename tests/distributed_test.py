@@ -67,13 +67,13 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def slow_config(tiny_data, folder) -> Path:
-    """The tiny run with a checkpoint after each step and steps that take a while: time to be killed in one."""
+    """The light run with a checkpoint after each step and steps that take a while: time to be killed in one."""
     slow = (
         "import time\nfrom unimat_jax.data import BatchMaker\n\nmake = BatchMaker.__call__\n\n"
         "def slowly(self, number):\n    time.sleep(0.3)\n    return make(self, number)\n\n"
         "BatchMaker.__call__ = slowly\n"
     )
-    return tiny_run.config_file(folder / "slow.py", tiny_data, slow)
+    return tiny_run.config_file(folder / "slow.py", tiny_data, slow, made_by="light_config")
 
 
 def common(config: Path, workdir: Path) -> list[str]:
@@ -136,7 +136,7 @@ def test_a_process_that_fails_is_named_by_the_other(trained, folder, tiny_data):
     lines = "import os, json\nprocess = json.loads(os.environ.get('UNIMAT_CHILD', '{}')).get('process_id')\n"
     program.write_text(
         f"import sys\nsys.path.insert(0, {str(Path(__file__).parent)!r})\nimport tiny_run\n{lines}\n"
-        f"def get_config():\n    return tiny_run.config('/nowhere' if process == 1 else {str(tiny_data)!r})\n"
+        f"def get_config():\n    return tiny_run.light_config('/nowhere' if process == 1 else {str(tiny_data)!r})\n"
     )
     job = Job(folder, f"--config={program}", f"--workdir={folder / 'half'}")
     assert job.wait(90.0) == [PEER_LOST, 2], job.told()

@@ -30,7 +30,7 @@ exit "$code"
 
 @pytest.fixture
 def environment(tiny_data, tmp_path) -> dict[str, str]:
-    config = tiny_run.config_file(tmp_path / "tiny.py", tiny_data)
+    config = tiny_run.config_file(tmp_path / "light.py", tiny_data, made_by="light_config")
     places = {"CONFIG": str(config), "WORKDIR": str(tmp_path / "run"), "TASK_1_LOG": str(tmp_path / "task_1.log")}
     path = os.pathsep.join([str(tmp_path / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]])
     return tiny_run.environment(2) | places | {"PATH": path}

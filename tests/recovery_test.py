@@ -42,16 +42,24 @@ def broken(monkeypatch, *numbers: int, lattice: float = np.nan) -> None:
 
 
 @pytest.fixture(scope="module")
+def straight(tiny_data, tmp_path_factory) -> Path:
+    """The workdir of a run that nothing befell. Only to read."""
+    workdir = tmp_path_factory.mktemp("straight") / "run"
+    train.train(tiny_run.light_config(tiny_data), workdir)
+    return workdir
+
+
+@pytest.fixture(scope="module")
 def at_step_6(tiny_data, tmp_path_factory) -> Path:
     workdir = tmp_path_factory.mktemp("at_step_6") / "run"
-    train.train(tiny_run.config(tiny_data, train__num_steps=6, train__log_batches=True), workdir)
+    train.train(tiny_run.light_config(tiny_data, train__num_steps=6, train__log_batches=True), workdir)
     return workdir
 
 
 def test_a_bad_batch_is_left_out_and_its_ids_are_kept(at_step_6, tiny_data, tmp_path, monkeypatch, capfd):
     workdir = shutil.copytree(at_step_6, tmp_path / "run")
     broken(monkeypatch, 8)
-    train.train(tiny_run.config(tiny_data, train__log_batches=True, train__log_every=100), workdir)
+    train.train(tiny_run.light_config(tiny_data, train__log_batches=True, train__log_every=100), workdir)
     told = capfd.readouterr().err
     assert "warning: step 9: " in told and "train/loss is nan" in told
     assert "back to step 6, without batches 6 to 8 (try 1 of 3" in told
@@ -70,15 +78,15 @@ def test_a_bad_batch_is_left_out_and_its_ids_are_kept(at_step_6, tiny_data, tmp_
 def test_before_the_first_checkpoint_the_run_begins_anew(tiny_data, tmp_path, monkeypatch):
     """With the batch after the bad one, as a start that finds the window on disk would."""
     broken(monkeypatch, 2)
-    few = {"train__num_steps": 4, "train__eval_every": 4, "train__sample_every": 0}
-    train.train(tiny_run.config(tiny_data, train__log_batches=True, **few), tmp_path / "run")
+    few = {"train__num_steps": 4, "train__eval_every": 4}
+    train.train(tiny_run.light_config(tiny_data, train__log_batches=True, **few), tmp_path / "run")
     assert [batches(tmp_path / "run")[step] for step in range(1, 5)] == [3, 4, 5, 6]
 
 
 def test_a_loss_that_explodes_is_a_bad_step_too(tiny_data, tmp_path, monkeypatch, capfd):
     broken(monkeypatch, 18, lattice=1e3)
-    few = {"train__num_steps": 20, "train__eval_every": 20, "train__checkpoint_every": 16, "train__sample_every": 0}
-    train.train(tiny_run.config(tiny_data, train__log_batches=True, **few), tmp_path / "run")
+    few = {"train__num_steps": 20, "train__eval_every": 20, "train__checkpoint_every": 16}
+    train.train(tiny_run.light_config(tiny_data, train__log_batches=True, **few), tmp_path / "run")
     told = capfd.readouterr().err
     assert "warning: step 19: train/loss is " in told and "over 10 times the usual" in told
     assert [batches(tmp_path / "run")[step] for step in range(16, 21)] == [15, 19, 20, 21, 22]
@@ -91,7 +99,7 @@ def test_it_is_left_out_by_the_next_start_too(at_step_6, tiny_data, tmp_path, mo
     row = {"step": 9, "problem": "", "restored_step": 6, "first_batch": 6, "last_batch": 8, "ids": ""}
     (workdir / "rollbacks.jsonl").write_text(json.dumps(row) + "\n")
     broken(monkeypatch, 8)
-    train.train(tiny_run.config(tiny_data, train__log_batches=True), workdir)
+    train.train(tiny_run.light_config(tiny_data, train__log_batches=True), workdir)
     assert [batches(workdir)[step] for step in range(7, 13)] == list(range(9, 15))
     assert len((workdir / "rollbacks.jsonl").read_text().splitlines()) == 1
 
@@ -100,7 +108,7 @@ def test_a_run_that_goes_wrong_again_and_again_stops(at_step_6, tiny_data, tmp_p
     workdir = shutil.copytree(at_step_6, tmp_path / "run")
     broken(monkeypatch, *range(7, 100))
     with pytest.raises(UserError, match=r"step 7: .*train/loss is nan.*It is the 3th time after step 6.*learning_rate"):
-        train.train(tiny_run.config(tiny_data, train__max_rollbacks=2), workdir)
+        train.train(tiny_run.light_config(tiny_data, train__max_rollbacks=2), workdir)
     assert available_steps(workdir)[-1] == 6 and len(list((workdir / "bad_batches").iterdir())) == 3
     assert all(np.isfinite(array).all() for array in arrays(workdir, 6).values())
 
@@ -112,27 +120,27 @@ def damage(folder: Path) -> None:
             path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_goes_on(trained, tiny_data, tmp_path, capfd):
-    workdir = shutil.copytree(trained, tmp_path / "run")
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_goes_on(straight, tiny_data, tmp_path, capfd):
+    workdir = shutil.copytree(straight, tmp_path / "run")
     assert available_steps(workdir) == [6, 12]
     damage(workdir / "checkpoints" / "12" / "params")
     (workdir / "checkpoints" / "14.orbax-checkpoint-tmp-3").mkdir()
-    train.train(tiny_run.config(tiny_data), workdir)
+    train.train(tiny_run.light_config(tiny_data), workdir)
     told = capfd.readouterr().err
     assert "warning: the checkpoint of step 12 is damaged (" in told and "going on from 6" in told
     assert "warning: 14.orbax-checkpoint-tmp-3 was not written to its end and is not used" in told
     assert (workdir / "checkpoints" / "12.damaged").is_dir()
-    assert_same_checkpoint(workdir, trained, NUM_STEPS)
+    assert_same_checkpoint(workdir, straight, NUM_STEPS)
 
 
-def test_all_checkpoints_damaged(trained, tiny_data, tmp_path):
-    workdir = shutil.copytree(trained, tmp_path / "run")
+def test_all_checkpoints_damaged(straight, tiny_data, tmp_path):
+    workdir = shutil.copytree(straight, tmp_path / "run")
     for step in (6, 12):
         damage(workdir / "checkpoints" / str(step))
     with pytest.raises(
         UserError, match=r"no checkpoint can be read \(steps \[6, 12\]; that of 12: .*another --workdir"
     ):
-        train.train(tiny_run.config(tiny_data), workdir)
+        train.train(tiny_run.light_config(tiny_data), workdir)
     assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == ["12", "6"]
 
 
@@ -147,7 +155,7 @@ def test_a_full_disk_ends_the_run_with_the_last_checkpoint_whole(at_step_6, tiny
     workdir = shutil.copytree(at_step_6, tmp_path / "run")
     before = arrays(workdir, 6)
     limit = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))"
-    process = start(tiny_run.config_file(tmp_path / "tiny.py", tiny_data, limit), workdir)
+    process = start(tiny_run.config_file(tmp_path / "light.py", tiny_data, limit, "light_config"), workdir)
     told = process.communicate(timeout=240)[1]
     assert process.returncode == 2 and "Traceback" not in told, told
     last = told.strip().splitlines()[-1]
@@ -202,14 +210,14 @@ def test_arrays_that_fail_after_another_failed_say_nothing(tmp_path, caplog, wri
     ] * heard
 
 
-def test_killed_again_and_again_it_ends_as_if_it_had_not_been(trained, tiny_data, tmp_path):
+def test_killed_again_and_again_it_ends_as_if_it_had_not_been(straight, tiny_data, tmp_path):
     """By SIGKILL while a checkpoint is written and by Ctrl-C; thirty times: benchmarks/kills.py."""
     slow = (
         "import time\nfrom unimat_jax.data import BatchMaker\n\nmake = BatchMaker.__call__\n\n"
         "def slowly(self, number):\n    time.sleep(0.2)\n    return make(self, number)\n\n"
         "BatchMaker.__call__ = slowly\n"
     )
-    config, workdir = tiny_run.config_file(tmp_path / "slow.py", tiny_data, slow), tmp_path / "run"
+    config, workdir = tiny_run.config_file(tmp_path / "slow.py", tiny_data, slow, "light_config"), tmp_path / "run"
     folder = workdir / "checkpoints"
 
     def a_checkpoint_half_written() -> bool:
@@ -233,10 +241,10 @@ def test_killed_again_and_again_it_ends_as_if_it_had_not_been(trained, tiny_data
     assert "SIGINT: saved step " in told
     process = start(config, workdir)
     assert "steps: 0 of" not in process.communicate(timeout=240)[1] and process.returncode == 0
-    assert_same_checkpoint(workdir, trained, NUM_STEPS)
+    assert_same_checkpoint(workdir, straight, NUM_STEPS)
     assert [batches(workdir)[step] for step in range(1, 13)] == list(range(12))
-    ours, straight = rows(workdir), rows(trained)
-    assert all(ours[step]["train/loss"] == straight[step]["train/loss"] for step in range(1, 13))
+    ours, theirs = rows(workdir), rows(straight)
+    assert all(ours[step]["train/loss"] == theirs[step]["train/loss"] for step in range(1, 13))
 
 
 def test_a_run_of_an_older_version_goes_on(tmp_path, monkeypatch, capfd):
