@@ -27,7 +27,8 @@ from unimat_jax.cli import Parser, run_program
 from unimat_jax.crystal import Crystal
 from unimat_jax.errors import UserError
 
-FIELDS = ("method", "num_steps", "time_power", "mean_below", "noise_below", "corrector_steps", "corrector_below")
+FIELDS = ("method", "num_steps", "time_power", "mean_below", "noise_below", "corrector_steps", "corrector_below",
+          "closest_ratio")  # fmt: skip
 
 
 def setting_of(text: str) -> dict[str, Any]:

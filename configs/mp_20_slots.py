@@ -3,7 +3,7 @@
 unimat prepare --dataset=mp_20 --source=DIR_WITH_CDVAE_CSV_FILES --data_dir=data
 unimat train --config=mp_20_slots --workdir=runs/mp_20_slots
 
-Cost and result (on a part of the training split): 127 minutes on one of two cores, match rate 36.7 %, RMSE 0.103 for
+Cost and result (on a part of the training split): 127 minutes on one of two cores, match rate 36.8 %, RMSE 0.110 for
 1,000 validation compositions (benchmarks/README.md, "MP-20 by slots").
 """
 
