@@ -268,6 +268,19 @@ def test_a_run_of_fewer_samples_goes_on_to_more(finished, generator, tmp_path, m
     assert {**one, "created": 0} == {**other, "created": 0}
 
 
+def test_a_run_of_a_version_without_a_setting_goes_on_where_it_is_off(finished, generator, tmp_path):
+    directory, requests, _, _ = finished
+    again = shutil.copytree(directory, tmp_path / "out")
+    config = json.loads((again / CONFIG).read_text())
+    (again / CONFIG).write_text(
+        json.dumps({**config, "sampler": {k: v for k, v in config["sampler"].items() if k != "closest_ratio"}})
+    )
+    with pytest.raises(UserError, match=r"made otherwise: sampler.closest_ratio was 0.0, now 0.65: use the same"):
+        run(generator, again, requests, {PROPERTY: -1.5}, seed=4, resume=True)
+    settings = generator.settings(closest_ratio=0.0)
+    generate.run(generator, requests, settings, {PROPERTY: -1.5}, seed=4, output_dir=again, resume=True)
+
+
 def test_a_batch_that_was_begun_is_sampled_whole_again(generator, monkeypatch):
     """The last bits of a sample depend on its place in the batch."""
     sampled = []

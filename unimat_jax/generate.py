@@ -180,6 +180,8 @@ class Output:
     def _continue(self, config: Mapping[str, Any], requests: Sequence[Request]) -> None:
         """Keeps the samples before the first one of which the row or the frame is not whole. There may be more requests
         than before, after those."""
+        from unimat_jax.generator import SamplerSettings
+
         before = self._config_there()
         if "requests_hash" not in before:
             raise UserError(
@@ -190,6 +192,8 @@ class Output:
                 f"--resume: {self.directory} holds a run of {before['num_samples']} samples and {len(requests)} are "
                 "asked for: ask for as many or more, or name another directory"
             )
+        # A version that had no such field did as its default says.
+        before["sampler"] = SamplerSettings.defaults() | before["sampler"]
         # Not the checkpoint's folder, which may have moved: its parameters' hash tells whether it is the same.
         again = {**config, **_asked(requests[: before["num_samples"]])}
         changed = _changed(before, {k: v for k, v in again.items() if k not in ("checkpoint", "packages", "created")})

@@ -58,7 +58,8 @@ class Sample:
 
 @dataclasses.dataclass(frozen=True)
 class SamplerSettings:
-    """How to sample; the defaults are the checkpoint's config.sample."""
+    """How to sample; `Generator.settings` takes the checkpoint's config.sample. The defaults are what versions did that
+    had no such field: checkpoints and runs of theirs lack it."""
 
     num_steps: int
     method: str
@@ -80,6 +81,11 @@ class SamplerSettings:
             raise UserError(f"time_power = {self.time_power}: give a number above 0")
         if not 0 <= self.composition_min_p < 1:
             raise UserError(f"composition_min_p = {self.composition_min_p}: give a share, from 0 to below 1")
+
+    @classmethod
+    def defaults(cls) -> dict[str, Any]:
+        """Of the fields that have one."""
+        return {f.name: f.default for f in dataclasses.fields(cls) if f.default is not dataclasses.MISSING}
 
 
 def _ahead(items: Iterable[Any]) -> Iterator[Any]:
