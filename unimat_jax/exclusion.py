@@ -18,6 +18,9 @@ _ROUNDS = 3
 _LEAST = 1e-10
 """Angstrom^2, for the direction between atoms at one place."""
 
+State = tuple[jax.Array, jax.Array, jax.Array]
+"""Rounds so far, fractional coordinates, and what would move them next."""
+
 
 def distances_to_keep(radii: jax.Array, mask: jax.Array, ratio: float) -> jax.Array:
     """Angstrom [B, A, A]: `ratio` times the sum of the radii [B, A] of each pair of atoms of mask [B, A], else zero."""
@@ -37,16 +40,21 @@ def push_apart(frac: jax.Array, metric: jax.Array, keep: jax.Array, sigma: jax.A
     edge = jnp.maximum(jnp.linalg.det(metric), _LEAST) ** (1 / 6)
     keep = jnp.where(sigma * edge[:, None, None] < NOISE_SHARE * keep, keep, 0.0)
 
-    def round_(_: int, moved: jax.Array) -> jax.Array:
-        difference = torus.wrap(moved[:, :, None] - moved[:, None])
+    def push(frac: jax.Array) -> jax.Array:
+        difference = torus.wrap(frac[:, :, None] - frac[:, None])
         square = jnp.einsum("bijx,bxy,bijy->bij", difference, metric, difference)
         distance = jnp.sqrt(jnp.maximum(square, _LEAST))
         lack = jnp.maximum(keep - distance, 0.0) / (2 * distance)
         number = (lack > 0).sum(2)
         lack /= jnp.maximum(jnp.maximum(number[:, :, None], number[:, None]), 1)
-        return moved + (lack[..., None] * difference).sum(2)
+        return (lack[..., None] * difference).sum(2)
+
+    def round_(state: State) -> State:
+        number, moved, wanted = state
+        return number + 1, moved + wanted, push(moved + wanted)
 
     def pushed(frac: jax.Array) -> jax.Array:
-        return jax.lax.fori_loop(0, _ROUNDS, round_, frac) - frac
+        start = (jnp.int32(0), frac, push(frac))
+        return jax.lax.while_loop(lambda s: (s[0] < _ROUNDS) & s[2].any(), round_, start)[1] - frac
 
     return jax.lax.cond(keep.any(), pushed, jnp.zeros_like, frac)
