@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from unimat_jax.evaluation.geometry import RADII_FRACTION
 from unimat_jax.exclusion import NOISE_SHARE, distances_to_keep, push_apart
+from unimat_jax.flops import count_flops
 
 CELL = np.array([[4.0, 0, 0], [1.0, 5.0, 0], [0, 1.0, 6.0]])
 METRIC = jnp.asarray(CELL @ CELL.T, jnp.float32)[None]
@@ -60,6 +61,12 @@ def test_none_is_moved_where_the_noise_is_large():
     for noise, moves in ((0.99, True), (1.01, False)):  # of the largest at which 1.4 Angstrom are kept
         sigma = jnp.float32(noise * NOISE_SHARE * 1.4 / size)
         assert np.any(push(frac, METRIC, KEEP, sigma)) == moves
+
+
+def test_a_sampler_with_it_can_be_counted():
+    """Its rounds are a loop of unknown length, in which nothing may be a matrix product."""
+    frac = jax.ShapeDtypeStruct((1, 3, 3), jnp.float32)
+    count_flops(push_apart, frac, METRIC, KEEP, jnp.float32(0.0))
 
 
 def test_atoms_at_one_place_stay_finite():

@@ -34,16 +34,17 @@ def push_apart(frac: jax.Array, metric: jax.Array, keep: jax.Array, sigma: jax.A
     pairs for which the noise, `sigma` of the cell's size, is too large (NOISE_SHARE).
 
     metric [B, 3, 3]: of the cells, Angstrom^2. By the wrapped difference: in a skewed cell another image may be nearer.
-    In three rounds, in each of which an atom with several too near moves by the mean of what parts it from each: then
-    some may still be too near, until the next step of the sampler.
+    In at most three rounds, in each of which an atom with several too near moves by the mean of what parts it from
+    each: some may still be too near then, until the next step of the sampler.
     """
     edge = jnp.maximum(jnp.linalg.det(metric), _LEAST) ** (1 / 6)
     keep = jnp.where(sigma * edge[:, None, None] < NOISE_SHARE * keep, keep, 0.0)
 
     def push(frac: jax.Array) -> jax.Array:
         difference = torus.wrap(frac[:, :, None] - frac[:, None])
-        square = jnp.einsum("bijx,bxy,bijy->bij", difference, metric, difference)
-        distance = jnp.sqrt(jnp.maximum(square, _LEAST))
+        # Sums of products, not a matrix product: `flops.count_flops` takes none in a loop of unknown length.
+        projected = (metric[:, None, None] * difference[..., None, :]).sum(-1)
+        distance = jnp.sqrt(jnp.maximum((projected * difference).sum(-1), _LEAST))
         lack = jnp.maximum(keep - distance, 0.0) / (2 * distance)
         number = (lack > 0).sum(2)
         lack /= jnp.maximum(jnp.maximum(number[:, :, None], number[:, None]), 1)
